@@ -1,0 +1,86 @@
+"""The attention of one layer: rotary positions, then causal attention inside each document.
+
+Stands where megatron's `core_attention` stands. It gets queries, keys and values of a packed row
+and hands them to `parallel.attention`, which knows the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_ext.batch import PackedDocuments
+from megatron_ext.norm import RMSNorm
+from parallel.attention.attention import varlen_attention
+from parallel.attention.rotary import apply_rotary
+
+
+def rotary_frequencies(head_dim: int, rotary_base: float) -> Tensor:
+    """Radians per position of each pair of channels, float64 [head_dim / 2] (RoFormer, section 3)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return torch.pow(torch.tensor(rotary_base, dtype=torch.float64), -exponents)
+
+
+class PackedCoreAttention(nn.Module):
+    """Causal attention over packed documents; megatron builds it through a `ModuleSpec`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedDocuments | None = None,
+    ) -> Tensor:
+        """query: [num_tokens, heads, head_dim]; key, value: [num_tokens, groups, head_dim].
+
+        Returns: [num_tokens, heads * head_dim]; rows of padding are zero.
+        """
+        assert packed_seq_params is not None, "every batch is packed"
+        documents = packed_seq_params
+        assert documents.cos is not None
+        assert documents.sin is not None
+        query = apply_rotary(query, documents.cos, documents.sin)
+        key = apply_rotary(key, documents.cos, documents.sin)
+        output = varlen_attention(
+            query,
+            key,
+            value,
+            cu_seqlens=documents.cu_seqlens_q,
+            host_cu_seqlens=documents.cu_seqlens,
+            max_seqlen=documents.max_seqlen,
+            softmax_scale=self.softmax_scale,
+        )
+        return output.reshape(output.shape[0], -1)
+
+
+class ReorderedNormSelfAttention(SelfAttention):
+    """Self-attention whose output is normalised before the residual sum (OLMo 2, section 3.1)."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.output_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(*args, **kwargs)
+        return self.output_layernorm(output), bias

@@ -1,0 +1,222 @@
+"""Everything a run may set: one typed tree, one YAML section per class.
+
+Field names are megatron's where megatron has the idea. Types are checked here, field by field;
+what must hold between fields stands in `config_check.py`; reading files and overrides in
+`config_file.py`. Lengths and batch sizes are in tokens, because tokens are the unit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A section of the tree: unknown keys are errors, values keep their type, nothing changes later."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    """The shape of the network (Llama-style decoder)."""
+
+    num_layers: int = Field(12, ge=1)
+    hidden_size: int = Field(768, ge=1)
+    ffn_hidden_size: int | None = Field(None, ge=1)
+    """Width of SwiGLU's inner layer; by default 8/3 of hidden_size, rounded up to 64."""
+    num_attention_heads: int = Field(12, ge=1)
+    num_query_groups: int | None = Field(None, ge=1)
+    """Key/value heads of grouped-query attention; by default num_attention_heads."""
+    kv_channels: int | None = Field(None, ge=1)
+    """Width of one head; by default hidden_size / num_attention_heads."""
+    rotary_base: float = Field(10000.0, gt=0)
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    qk_layernorm: bool = False
+    """RMSNorm on queries and keys of each head."""
+    norm_position: Literal["pre", "reordered"] = "pre"
+    """pre: x + f(norm(x)). reordered: x + norm(f(x)) (OLMo 2)."""
+    untie_embeddings_and_output_weights: bool = True
+    init_method_std: float = Field(0.02, gt=0)
+    make_vocab_size_divisible_by: int = Field(128, ge=1)
+    vocab_size: int | None = Field(None, ge=1)
+    """Rows of the vocabulary; by default the tokenizer's."""
+    z_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of mean squared log-sum-exp of the logits."""
+
+    @property
+    def ffn_size(self) -> int:
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+class PrepareConfig(Section):
+    """How to make a corpus that is not there yet (the options of `data prepare`)."""
+
+    input: list[str] = Field(min_length=1)
+    tokenizer: str = "train:8192"
+    include: list[str] = Field(default_factory=list)
+    text_key: str = "text"
+    validation_fraction: float = Field(0.01, gt=0, lt=1)
+    bad_records: Literal["stop", "skip"] = "stop"
+
+
+class CorpusConfig(Section):
+    """One prepared corpus and its share of the training tokens."""
+
+    path: str
+    weight: float = Field(1.0, gt=0)
+    prepare: PrepareConfig | None = None
+
+
+class DataConfig(Section):
+    """What is read, and how it is cut and packed."""
+
+    corpora: list[CorpusConfig] = Field(min_length=1)
+    max_sequence_length: int = Field(4096, ge=1)
+    """Documents keep their length up to here; longer ones are cut into pieces of it."""
+    tokens_per_rank: int | None = Field(None, ge=1)
+    """Capacity of one micro-batch on one rank; by default max_sequence_length."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.tokens_per_rank or self.max_sequence_length
+
+
+class TrainConfig(Section):
+    """How long, how much at a time, and how often it is looked at."""
+
+    train_iters: int = Field(1000, ge=1)
+    global_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens of one optimizer step over all ranks. Sequences are whole, so a step has at most this."""
+    num_micro_batches: int | None = Field(None, ge=1)
+    """Micro-batches of tokens_per_rank per rank and step; sets global_batch_tokens if that is absent."""
+    seed: int = Field(1234, ge=0)
+    eval_interval: int = Field(500, ge=0)
+    """Steps between validations; 0 validates only at the end."""
+    eval_tokens: int | None = Field(None, ge=1)
+    """Held-out tokens of one validation, in whole documents; by default all."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step with a loss or gradient that is not finite does; such a step is never applied."""
+    max_skipped_steps: int = Field(10, ge=0)
+    """With nonfinite: skip, how many skipped steps in a row end the run."""
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["adam", "lion"] = "adam"
+    lr: float = Field(3e-4, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_decay_style: Literal["constant", "cosine", "linear", "wsd", "infinite"] = "cosine"
+    lr_warmup_iters: int = Field(0, ge=0)
+    lr_decay_iters: int | None = Field(None, ge=1)
+    """Step at which the decay has ended; by default train_iters."""
+    lr_wsd_decay_iters: int | None = Field(None, ge=0)
+    """Steps of the last decay of `wsd` and `infinite`; by default a tenth of lr_decay_iters."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    lr_cooldown_iters: int | None = Field(None, ge=0)
+    """`infinite`: steps of the cosine from lr to constant_lr; by default a tenth of lr_decay_iters."""
+    constant_lr: float | None = Field(None, ge=0)
+    """`infinite`: learning rate of the constant part; by default half of lr."""
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    lion_beta1: float = Field(0.9, ge=0, lt=1)
+    lion_beta2: float = Field(0.99, ge=0, lt=1)
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global L2 norm of the gradient; 0 does not clip."""
+
+
+class ParallelConfig(Section):
+    """How ranks share the work; data parallelism is what is left of the world."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=1)
+    """Model chunks per pipeline stage; more than one interleaves (1F1B otherwise)."""
+    use_distributed_optimizer: bool = True
+    """ZeRO-1: optimizer state spread over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """selective recomputes the modules named below; full recomputes whole layers."""
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] = Field(
+        default_factory=lambda: ["core_attn"]
+    )
+    recompute_num_layers: int = Field(1, ge=1)
+    """full: layers recomputed together."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the device has it in hardware, else fp32."""
+    grad_reduce_in_fp32: bool = True
+
+
+class CheckpointConfig(Section):
+    """What is saved, how often, and what a run starts from."""
+
+    save_interval: int = Field(500, ge=0)
+    """Steps between checkpoints; 0 saves only at the end and on request."""
+    keep: int = Field(3, ge=1)
+    """Checkpoints that stay; older ones are removed after a newer one is complete."""
+    load: str | None = None
+    """Run folder to start from when this run's own folder has no checkpoint."""
+
+
+class LogConfig(Section):
+    """Where a run writes and what it shows."""
+
+    run_dir: str | None = None
+    """Folder of the run; by default runs/RECIPE."""
+    log_interval: int = Field(10, ge=1)
+    """Steps between console lines; metrics.jsonl has a line for every step."""
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    sample_prompt: str | None = None
+    """When set, a sample of this prompt is printed at the end."""
+    sample_tokens: int = Field(160, ge=1)
+
+
+class LaunchConfig(Section):
+    """Ranks and devices."""
+
+    num_ranks: int = Field(1, ge=1)
+    """Local ranks when neither torchrun nor srun started us (same as --ranks)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_seconds: float = Field(600.0, gt=0)
+    """How long a rank waits for the others in a collective."""
+
+
+class Config(Section):
+    """The whole tree."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    launch: LaunchConfig = LaunchConfig()

@@ -1,0 +1,193 @@
+"""What must hold between fields, checked before any rank starts.
+
+Each rule names the fields, their values and a value that would work. All broken rules are reported
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_ext.config import Config
+from megatron_ext.errors import UserError
+
+
+def check_config(config: Config, *, world_size: int) -> Config:
+    """Check the rules between fields and fill in what follows from others.
+
+    Returns:
+        The configuration with `train.global_batch_tokens` and `data.tokens_per_rank` set.
+
+    Raises:
+        UserError: naming every broken rule with its cure.
+    """
+    problems = [
+        *_model_rules(config),
+        *_parallel_rules(config, world_size),
+        *_schedule_rules(config),
+    ]
+    if not problems:
+        problems = list(_batch_rules(config, world_size))
+    if problems:
+        raise UserError(
+            "this configuration cannot run:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+    return _filled_in(config, world_size)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks that hold the same part of the model."""
+    return world_size // config.parallel.model_parallel_size
+
+
+def _filled_in(config: Config, world_size: int) -> Config:
+    tokens = config.train.global_batch_tokens or (
+        (config.train.num_micro_batches or 1)
+        * config.data.micro_batch_tokens
+        * data_parallel_size(config, world_size)
+    )
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"global_batch_tokens": tokens}),
+            "data": config.data.model_copy(
+                update={"tokens_per_rank": config.data.micro_batch_tokens}
+            ),
+        }
+    )
+
+
+def _divisors(number: int, *, at_most: int = 64) -> str:
+    return ", ".join(str(d) for d in range(1, min(number, at_most) + 1) if number % d == 0)
+
+
+def _model_rules(config: Config) -> Iterator[str]:
+    model = config.model
+    heads, groups = model.num_attention_heads, model.query_groups
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield (
+            f"model.num_attention_heads={heads} does not divide model.hidden_size="
+            f"{model.hidden_size}; use one of {_divisors(model.hidden_size)}, or set kv_channels"
+        )
+    elif model.head_dim % 2:
+        yield (
+            f"the width of a head is {model.head_dim}, but rotary positions turn pairs: "
+            f"set model.kv_channels to an even number such as {model.head_dim + 1}"
+        )
+    if heads % groups:
+        yield (
+            f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}; "
+            f"use one of {_divisors(heads)}"
+        )
+
+
+def _parallel_rules(config: Config, world_size: int) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    for name, number in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", model.query_groups),
+        ("model.ffn_hidden_size", model.ffn_size),
+        ("model.make_vocab_size_divisible_by", model.make_vocab_size_divisible_by),
+    ):
+        if number % tp:
+            yield (
+                f"parallel.tensor_model_parallel_size={tp} does not divide {name}={number}; "
+                f"use one of {_divisors(number)}"
+            )
+    if world_size % parallel.model_parallel_size:
+        yield (
+            f"{world_size} ranks cannot be divided into tensor x pipeline parallel groups of "
+            f"{tp} x {parallel.pipeline_model_parallel_size} = {parallel.model_parallel_size}; use "
+            f"a multiple of {parallel.model_parallel_size} ranks (--ranks), or smaller parallel "
+            "sizes"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        yield (
+            "parallel.sequence_parallel needs parallel.tensor_model_parallel_size of 2 or more; "
+            "set it to false"
+        )
+    if parallel.sequence_parallel and config.data.micro_batch_tokens % tp:
+        yield (
+            f"data.tokens_per_rank={config.data.micro_batch_tokens} is not a multiple of "
+            f"parallel.tensor_model_parallel_size={tp}, which sequence_parallel divides it by"
+        )
+    if parallel.overlap_param_gather and not (
+        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        yield (
+            "parallel.overlap_param_gather needs parallel.use_distributed_optimizer=true and "
+            "parallel.overlap_grad_reduce=true"
+        )
+    yield from _pipeline_rules(config)
+
+
+def _pipeline_rules(config: Config) -> Iterator[str]:
+    parallel, num_layers = config.parallel, config.model.num_layers
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    if chunks > 1 and stages == 1:
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} needs "
+            "parallel.pipeline_model_parallel_size of 2 or more"
+        )
+    elif num_layers % (stages * chunks):
+        yield (
+            f"model.num_layers={num_layers} cannot be spread evenly over {stages} pipeline stages "
+            f"x {chunks} chunks; use a multiple of {stages * chunks} layers, or one of "
+            f"{_divisors(num_layers)} stages"
+        )
+
+
+def _schedule_rules(config: Config) -> Iterator[str]:
+    optim = config.optim
+    end = optim.lr_decay_iters or config.train.train_iters
+    if optim.min_lr > optim.lr:
+        yield f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}"
+    if optim.lr_warmup_iters >= end:
+        yield (
+            f"optim.lr_warmup_iters={optim.lr_warmup_iters} must end before the decay does, at "
+            f"step {end} (optim.lr_decay_iters, by default train.train_iters)"
+        )
+    if optim.lr_decay_style in ("wsd", "infinite"):
+        last = optim.lr_wsd_decay_iters if optim.lr_wsd_decay_iters is not None else end // 10
+        cooldown = optim.lr_cooldown_iters if optim.lr_cooldown_iters is not None else end // 10
+        used = optim.lr_warmup_iters + last + (cooldown if optim.lr_decay_style == "infinite" else 0)
+        if used > end:
+            yield (
+                f"the parts of lr_decay_style={optim.lr_decay_style} take {used} steps, more than "
+                f"the {end} there are; shorten lr_warmup_iters, lr_cooldown_iters or "
+                "lr_wsd_decay_iters"
+            )
+    if optim.constant_lr is not None and not optim.min_lr <= optim.constant_lr <= optim.lr:
+        yield (
+            f"optim.constant_lr={optim.constant_lr} must lie between min_lr={optim.min_lr} and "
+            f"lr={optim.lr}"
+        )
+
+
+def _batch_rules(config: Config, world_size: int) -> Iterator[str]:
+    data, train = config.data, config.train
+    capacity, longest = data.micro_batch_tokens, data.max_sequence_length
+    if longest > capacity:
+        yield (
+            f"data.max_sequence_length={longest} does not fit a micro-batch of "
+            f"data.tokens_per_rank={capacity}; raise tokens_per_rank to {longest}, or cut the "
+            f"documents at {capacity}"
+        )
+    if train.global_batch_tokens is None:
+        return
+    if train.global_batch_tokens < longest:
+        yield (
+            f"train.global_batch_tokens={train.global_batch_tokens} cannot hold one sequence of "
+            f"data.max_sequence_length={longest}; use at least {longest}"
+        )
+    if train.num_micro_batches is not None:
+        dp = data_parallel_size(config, world_size)
+        product = train.num_micro_batches * capacity * dp
+        if product != train.global_batch_tokens:
+            yield (
+                f"train.num_micro_batches={train.num_micro_batches} x data.tokens_per_rank="
+                f"{capacity} x {dp} data-parallel ranks = {product}, but "
+                f"train.global_batch_tokens={train.global_batch_tokens}; leave one of the first "
+                "and the last unset and it follows from the others"
+            )

@@ -1,0 +1,213 @@
+"""The network: megatron's `GPTModel` with a Llama-style layer of our own modules.
+
+x -> embedding -> num_layers x (norm, attention, +, norm, SwiGLU, +) -> norm -> logits. Rotary
+positions are applied inside attention, because only the packed batch knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import (
+    is_pipeline_first_stage,
+    is_pipeline_last_stage,
+)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor, nn
+
+from megatron_ext.attention import PackedCoreAttention, ReorderedNormSelfAttention
+from megatron_ext.batch import round_up
+from megatron_ext.config import Config, ModelConfig
+from megatron_ext.mesh import Mesh
+from megatron_ext.mlp import ReorderedNormMLP, SwiGLUMLP
+from megatron_ext.norm import RMSNorm
+from megatron_ext.parameters import init_parameters
+
+
+def padded_vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
+    """Rows of the embedding. The same for every tensor-parallel size, so checkpoints move freely."""
+    return round_up(model.vocab_size or tokenizer_vocab_size, model.make_vocab_size_divisible_by)
+
+
+def transformer_config(config: Config, *, dtype: torch.dtype, is_cuda: bool) -> TransformerConfig:
+    """Our tree as megatron's configuration object."""
+    model, parallel = config.model, config.parallel
+    recompute = parallel.recompute_granularity
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.layernorm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        # `init_parameters` fills the weights, the same on every layout.
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=parallel.recompute_num_layers if recompute == "full" else None,
+        recompute_modules=list(parallel.recompute_modules) if recompute == "selective" else None,
+        calculate_per_token_loss=True,
+        bias_activation_fusion=is_cuda,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        overlap_p2p_comm=bool(parallel.virtual_pipeline_model_parallel_size),
+        batch_p2p_comm=not parallel.virtual_pipeline_model_parallel_size,
+        attention_softmax_in_fp32=False,
+    )
+
+
+def residual_add(
+    training: bool, fused: bool
+) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    """megatron's bias-dropout-add without bias and dropout, which pretraining does not use."""
+
+    def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
+        return output_with_bias[0] + residual
+
+    return add
+
+
+def layer_spec(model: ModelConfig) -> ModuleSpec:
+    """One transformer layer as megatron builds it."""
+    reordered = model.norm_position == "reordered"
+    head_norm = RMSNorm if model.qk_layernorm else None
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if reordered else RMSNorm,
+            self_attention=ModuleSpec(
+                module=ReorderedNormSelfAttention if reordered else SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedCoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=residual_add,
+            pre_mlp_layernorm=IdentityOp if reordered else RMSNorm,
+            mlp=ModuleSpec(
+                module=ReorderedNormMLP if reordered else SwiGLUMLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
+            ),
+            mlp_bda=residual_add,
+        ),
+    )
+
+
+def build_model(
+    config: Config,
+    *,
+    mesh: Mesh,
+    vocab_size: int,
+    dtype: torch.dtype,
+    is_cuda: bool,
+) -> list[GPTModel]:
+    """This rank's model chunks (more than one with interleaved pipelining), weights filled.
+
+    Args:
+        vocab_size: padded rows of the vocabulary.
+    """
+    megatron_config = transformer_config(config, dtype=dtype, is_cuda=is_cuda)
+    num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    chunks = [
+        _build_chunk(config, megatron_config, vocab_size, vp_stage=stage if num_chunks > 1 else None)
+        for stage in range(num_chunks)
+    ]
+    init_parameters(
+        chunks,
+        mesh=mesh,
+        seed=config.train.seed,
+        std=config.model.init_method_std,
+        num_layers=config.model.num_layers,
+    )
+    return chunks
+
+
+def _build_chunk(
+    config: Config, megatron_config: TransformerConfig, vocab_size: int, *, vp_stage: int | None
+) -> GPTModel:
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer_spec(config.model)]
+        * get_num_layers_to_build(megatron_config, vp_stage=vp_stage),
+        layer_norm=RMSNorm,
+    )
+    chunk = GPTModel(
+        config=megatron_config,
+        transformer_layer_spec=block,
+        vocab_size=vocab_size,
+        max_sequence_length=config.data.max_sequence_length,
+        pre_process=is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        position_embedding_type="none",
+        vp_stage=vp_stage,
+    )
+    return chunk.to(torch.cuda.current_device())
+
+
+def wrap_data_parallel(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
+    """Gradient buffers and their reduction over the data-parallel ranks."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    return [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=ddp_config,
+            module=chunk,
+            # Later chunks finish their backward first; their gradients go out in one piece.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def unwrap(chunk: nn.Module) -> Any:
+    """The GPTModel inside the data-parallel wrapper."""
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk

@@ -1,0 +1,58 @@
+"""RMSNorm that works under sequence parallelism without Transformer Engine.
+
+y = x / sqrt(mean(x^2) + eps) * weight, computed in float32 (Zhang and Sennrich 2019, Eq. 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps the input and one float32 per row; the normalised tensor is computed again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def, override]
+        x32 = x.float()
+        # [..., 1] reciprocal root mean square of each row.
+        rrms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        rrms = rrms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rrms)
+        return (x32 * rrms).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
+        x, weight, rrms = ctx.saved_tensors
+        normalised = x.float() * rrms
+        grad32 = grad_output.float()
+        hidden_size = x.shape[-1]
+        grad_weight = (grad32 * normalised).view(-1, hidden_size).sum(dim=0)
+        grad_scaled = grad32 * weight
+        projection = (grad_scaled * normalised).mean(dim=-1, keepdim=True)
+        grad_x = grad_scaled.sub_(normalised.mul_(projection)).mul_(rrms)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dim; its weight is marked for sequence parallelism as megatron expects.
+
+    Args:
+        config: megatron's configuration (params_dtype, sequence_parallel).
+        hidden_size: width of the last dim.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # Ranks see different tokens then, so megatron sums this gradient over the tensor group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden_size], any float dtype; same shape and dtype out."""
+        return _RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]

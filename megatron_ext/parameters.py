@@ -1,0 +1,137 @@
+"""The parameters of the whole model, whatever ranks and stages they are spread over.
+
+Each parameter has one global name (layers counted over all pipeline stages) and one whole shape;
+a rank holds a block of it. From the name follow the random numbers a weight starts with, so a
+model starts the same on any layout: "N ranks equal one rank" begins here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_ext.mesh import Mesh
+
+_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
+# Llama and megatron both start these smaller, so that the residual stream does not grow with depth.
+_OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterShard:
+    """One parameter of one rank and where it stands in the whole.
+
+    Attributes:
+        name: global name, e.g. `decoder.layers.7.mlp.linear_fc1.weight`.
+        parameter: this rank's block.
+        dim: tensor dim that is spread over the tensor-parallel ranks, or None.
+        num_blocks: 2 for fused gate and up, whose two halves are spread each on its own; else 1.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    dim: int | None
+    num_blocks: int
+
+    def whole_shape(self, tensor_size: int) -> tuple[int, ...]:
+        shape = list(self.parameter.shape)
+        if self.dim is not None:
+            shape[self.dim] *= tensor_size
+        return tuple(shape)
+
+    def cut(self, whole: Tensor, *, tensor_rank: int, tensor_size: int) -> Tensor:
+        """This rank's block of the whole tensor."""
+        if self.dim is None or tensor_size == 1:
+            return whole
+        halves = whole.chunk(self.num_blocks, dim=self.dim)
+        parts = [half.chunk(tensor_size, dim=self.dim)[tensor_rank] for half in halves]
+        return torch.cat(parts, dim=self.dim)
+
+    def join(self, blocks: Sequence[Tensor]) -> Tensor:
+        """The whole tensor from the blocks of all tensor-parallel ranks, in their order."""
+        if self.dim is None or len(blocks) == 1:
+            return blocks[0]
+        halves = [block.chunk(self.num_blocks, dim=self.dim) for block in blocks]
+        return torch.cat(
+            [half[i] for i in range(self.num_blocks) for half in halves], dim=self.dim
+        )
+
+
+def parameter_shards(chunks: Sequence[nn.Module]) -> Iterator[ParameterShard]:
+    """Every parameter of this rank's model chunks, with shared ones once."""
+    for chunk in chunks:
+        layer_numbers = {
+            name: module.layer_number
+            for name, module in chunk.named_modules()
+            if isinstance(module, TransformerLayer)
+        }
+        for name, parameter in chunk.named_parameters():
+            yield ParameterShard(
+                name=_global_name(name, layer_numbers),
+                parameter=parameter,
+                dim=(
+                    int(parameter.partition_dim)
+                    if getattr(parameter, "tensor_model_parallel", False)
+                    else None
+                ),
+                num_blocks=2 if name.endswith("linear_fc1.weight") else 1,
+            )
+
+
+def _global_name(name: str, layer_numbers: dict[str, int]) -> str:
+    name = name.removeprefix("module.")
+    match = _LAYER.search(name)
+    if match is None:
+        return name
+    local_prefix = name[: match.end() - 1]
+    for module_name, number in layer_numbers.items():
+        if module_name.removeprefix("module.") == local_prefix:
+            return f"{name[: match.start()]}.layers.{number - 1}.{name[match.end() :]}"
+    return name
+
+
+def init_parameters(
+    chunks: Sequence[nn.Module], *, mesh: Mesh, seed: int, std: float, num_layers: int
+) -> None:
+    """Fill every weight from its own random stream; norms start at one.
+
+    Normal(0, std), truncated nowhere; the two projections that write to the residual stream get
+    std / sqrt(2 * num_layers) (GPT-2, section 2.3; megatron's `scaled_init_method`).
+    """
+    for shard in parameter_shards(chunks):
+        with torch.no_grad():
+            if shard.parameter.dim() == 1:
+                shard.parameter.fill_(1.0)
+                continue
+            shard_std = std
+            if shard.name.endswith(_OUTPUT_PROJECTIONS):
+                shard_std = std / math.sqrt(2.0 * num_layers)
+            # Tied weights stand on the first and last stage and must start as one.
+            whole = _normal(
+                shard.whole_shape(mesh.tensor_size),
+                std=shard_std,
+                seed=_stream(seed, shard.name),
+            )
+            shard.parameter.copy_(
+                shard.cut(whole, tensor_rank=mesh.tensor_rank, tensor_size=mesh.tensor_size)
+            )
+
+
+def _stream(seed: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _normal(shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
+    # The CPU's generator, so that a CPU run and a GPU run start from the same weights.
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(
+        0.0, std, generator=generator
+    )

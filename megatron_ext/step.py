@@ -1,0 +1,167 @@
+"""The executor: runs the micro-batches of a plan through megatron's pipeline schedules.
+
+The loss of a micro-batch is a sum over tokens; megatron divides the gradients once by the global
+batch's count of unmasked tokens. So nothing depends on how the batch was cut (idea 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_ext.batch import PackedBatch
+from megatron_ext.loss import vocab_parallel_cross_entropy
+from megatron_ext.mesh import Mesh
+from megatron_ext.model import unwrap
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """Sums over the whole global batch."""
+
+    loss_sum: float
+    """With z-loss: what is minimised."""
+    cross_entropy_sum: float
+    num_tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.cross_entropy_sum / max(1, self.num_tokens)
+
+
+def connect_gradients(chunks: Sequence[nn.Module]) -> None:
+    """Tell megatron's schedules how gradients are held back, reduced and divided."""
+    megatron_config = unwrap(chunks[0]).config
+    no_sync = [chunk.no_sync for chunk in chunks]
+    megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    if len(chunks) > 1 and chunks[0].ddp_config.overlap_grad_reduce:
+        # Interleaved chunks finish at different times; each starts its own reduction.
+        megatron_config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+
+
+def run_micro_batches(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[PackedBatch],
+    *,
+    mesh: Mesh,
+    num_tokens: int,
+    z_loss_coeff: float = 0.0,
+    forward_only: bool = False,
+) -> TokenLoss:
+    """Forward (and backward) of this rank's micro-batches, and the sums over all ranks.
+
+    Args:
+        chunks: model chunks of this rank, wrapped for data parallelism when training.
+        batches: this rank's micro-batches, at least one. Ranks of one model replica pass the same.
+        num_tokens: length of the padded row when the pipeline has more than one stage.
+    """
+
+    def forward_step(iterator: Iterator[PackedBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        output = chunk(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=None,
+            packed_seq_params=batch.documents,
+        )
+        return output, lambda logits: _micro_batch_loss(logits, batch, mesh, z_loss_coeff)
+
+    reports = _run_schedule(chunks, batches, forward_step, num_tokens, forward_only=forward_only)
+    return _sum_over_ranks(reports, batches, mesh)
+
+
+def run_logits(
+    chunks: Sequence[nn.Module], batch: PackedBatch, *, mesh: Mesh, row: int, num_tokens: int
+) -> Tensor | None:
+    """Logits of one token of one micro-batch, float32 [vocab_size], on the last stage.
+
+    Returns:
+        None on the other pipeline stages.
+    """
+
+    def forward_step(iterator: Iterator[PackedBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        output = chunk(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=None,
+            packed_seq_params=batch.documents,
+        )
+        return output, lambda logits, non_loss_data=True: logits[0, row].float()
+
+    rows = _run_schedule(
+        chunks, [batch], forward_step, num_tokens, forward_only=True, collect_non_loss_data=True
+    )
+    if not mesh.is_last_stage:
+        return None
+    local: Tensor = rows[0]
+    if mesh.tensor_size == 1:
+        return local
+    whole = torch.empty(mesh.tensor_size * local.numel(), device=local.device)
+    dist.all_gather_into_tensor(whole, local.contiguous(), group=mesh.tensor_group)
+    return whole
+
+
+def _run_schedule(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[PackedBatch],
+    forward_step: Callable[..., Any],
+    num_tokens: int,
+    *,
+    forward_only: bool,
+    collect_non_loss_data: bool = False,
+) -> list[Any]:
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(  # type: ignore[no-any-return]
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=num_tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
+    )
+
+
+def _micro_batch_loss(
+    logits: Tensor, batch: PackedBatch, mesh: Mesh, z_loss_coeff: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss to differentiate, tokens, report [loss sum, cross-entropy sum])."""
+    loss, cross_entropy = vocab_parallel_cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        batch.labels.view(-1),
+        group=mesh.tensor_group,
+        z_loss_coeff=z_loss_coeff,
+    )
+    mask = batch.loss_mask.view(-1)
+    loss_sum = (loss * mask).sum()
+    report = torch.stack([loss_sum.detach(), (cross_entropy * mask).sum()]).double()
+    num_tokens = torch.tensor(
+        batch.num_unmasked_tokens, dtype=torch.int, device=batch.tokens.device
+    )
+    return loss_sum, num_tokens, report
+
+
+def _sum_over_ranks(
+    reports: list[Tensor], batches: Sequence[PackedBatch], mesh: Mesh
+) -> TokenLoss:
+    device = batches[0].tokens.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    if mesh.is_last_stage:
+        for report, batch in zip(reports, batches, strict=True):
+            sums[:2] += report
+            sums[2] += batch.num_unmasked_tokens
+    # Tensor-parallel ranks hold equal sums; the other stages add nothing.
+    dist.all_reduce(sums, group=mesh.data_group)
+    dist.all_reduce(sums, group=mesh.pipeline_group)
+    loss_sum, cross_entropy_sum, num_tokens = sums.tolist()
+    return TokenLoss(loss_sum, cross_entropy_sum, round(num_tokens))
