@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -18,12 +17,6 @@ from megatron_ext.batch import PackedDocuments
 from megatron_ext.norm import RMSNorm
 from parallel.attention.attention import varlen_attention
 from parallel.attention.rotary import apply_rotary
-
-
-def rotary_frequencies(head_dim: int, rotary_base: float) -> Tensor:
-    """Radians per position of each pair of channels, float64 [head_dim / 2] (RoFormer, section 3)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    return torch.pow(torch.tensor(rotary_base, dtype=torch.float64), -exponents)
 
 
 class PackedCoreAttention(nn.Module):
@@ -58,18 +51,18 @@ class PackedCoreAttention(nn.Module):
         """
         assert packed_seq_params is not None, "every batch is packed"
         documents = packed_seq_params
-        assert documents.cos is not None
-        assert documents.sin is not None
-        query = apply_rotary(query, documents.cos, documents.sin)
-        key = apply_rotary(key, documents.cos, documents.sin)
+        assert documents.rotary is not None
+        query = apply_rotary(query, table=documents.rotary)
+        key = apply_rotary(key, table=documents.rotary)
         output = varlen_attention(
             query,
             key,
             value,
-            cu_seqlens=documents.cu_seqlens_q,
-            host_cu_seqlens=documents.cu_seqlens,
+            # A CPU loops over the documents; a GPU must not wait for the host to read borders.
+            cu_seqlens=documents.cu_seqlens_q if query.is_cuda else documents.cu_seqlens,
             max_seqlen=documents.max_seqlen,
             softmax_scale=self.softmax_scale,
+            num_document_tokens=documents.cu_seqlens[-1],
         )
         return output.reshape(output.shape[0], -1)
 

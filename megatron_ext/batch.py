@@ -15,6 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parallel.attention.rotary import RotaryTable, rotary_table
+
 IntArray = NDArray[np.int64]
 
 
@@ -25,13 +27,12 @@ class PackedDocuments(PackedSeqParams):
     Attributes:
         cu_seqlens: borders of the documents as host integers, (0, l0, l0+l1, ...).
         max_seqlen: longest document in tokens.
-        cos, sin: rotary factors of every token, float32 [num_tokens, head_dim / 2].
+        rotary: cosines and sines of every token's angles, shared by all layers.
     """
 
     cu_seqlens: tuple[int, ...] = ()
     max_seqlen: int = 0
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    rotary: RotaryTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ def pack(
     pieces: list[tuple[IntArray, IntArray, int]],
     *,
     num_tokens: int,
-    rotary_frequencies: Tensor,
+    head_dim: int,
+    rotary_base: float,
     device: torch.device,
 ) -> PackedBatch:
     """Lay pieces behind each other and pad them to `num_tokens`.
@@ -62,7 +64,7 @@ def pack(
     Args:
         pieces: (tokens, labels, first position) of each piece.
         num_tokens: length of the row; at least the tokens of all pieces.
-        rotary_frequencies: [head_dim / 2], radians per position.
+        head_dim, rotary_base: of the rotary positions.
         device: where the tensors go.
     """
     lengths = [len(tokens) for tokens, _, _ in pieces]
@@ -81,8 +83,6 @@ def pack(
     mask = np.zeros(num_tokens, dtype=np.float32)
     mask[:used] = 1.0
     position_row = torch.from_numpy(positions).to(device)
-    # float32 has 24 bits: at position 2,000,000 the angle itself would be off by a tenth of a radian.
-    angles = position_row.double()[:, None] * rotary_frequencies.double()[None, :]
     cu_seqlens = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
     longest = max(lengths, default=0)
     documents = PackedDocuments(
@@ -93,8 +93,7 @@ def pack(
         max_seqlen_kv=longest,
         cu_seqlens=tuple(borders),
         max_seqlen=longest,
-        cos=angles.cos().float(),
-        sin=angles.sin().float(),
+        rotary=rotary_table(position_row, head_dim=head_dim, rotary_base=rotary_base),
     )
     return PackedBatch(
         tokens=torch.from_numpy(tokens).to(device)[None],

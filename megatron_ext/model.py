@@ -40,11 +40,25 @@ from megatron_ext.mesh import Mesh
 from megatron_ext.mlp import ReorderedNormMLP, SwiGLUMLP
 from megatron_ext.norm import RMSNorm
 from megatron_ext.parameters import init_parameters
+from parallel.plan.flops import ModelShape
 
 
 def padded_vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
     """Rows of the embedding. The same for every tensor-parallel size, so checkpoints move freely."""
     return round_up(model.vocab_size or tokenizer_vocab_size, model.make_vocab_size_divisible_by)
+
+
+def model_shape(model: ModelConfig, vocab_size: int) -> ModelShape:
+    """The sizes that decide FLOPs and balance."""
+    return ModelShape(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        vocab_size=vocab_size,
+    )
 
 
 def transformer_config(config: Config, *, dtype: torch.dtype, is_cuda: bool) -> TransformerConfig:

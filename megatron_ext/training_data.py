@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_ext.batch import IntArray, PackedBatch, pack, round_up
 from megatron_ext.config import Config
@@ -118,8 +117,21 @@ class BatchReader:
     mesh: Mesh
     tokens_per_rank: int
     sequence_parallel: bool
-    rotary_frequencies: Tensor
+    head_dim: int
+    rotary_base: float
     device: torch.device
+
+    @staticmethod
+    def for_model(config: Config, *, mesh: Mesh, device: torch.device) -> BatchReader:
+        """A reader with the capacity and rotary frequencies of a configuration."""
+        return BatchReader(
+            mesh=mesh,
+            tokens_per_rank=config.data.micro_batch_tokens,
+            sequence_parallel=config.parallel.sequence_parallel,
+            head_dim=config.model.head_dim,
+            rotary_base=config.model.rotary_base,
+            device=device,
+        )
 
     @property
     def is_padded(self) -> bool:
@@ -154,7 +166,8 @@ class BatchReader:
         return pack(
             pieces,
             num_tokens=num_tokens,
-            rotary_frequencies=self.rotary_frequencies,
+            head_dim=self.head_dim,
+            rotary_base=self.rotary_base,
             device=self.device,
         )
 

@@ -1,7 +1,7 @@
 """Saving and loading a run, all ranks together.
 
-A checkpoint is megatron's `torch_dist` folder (weights, optimizer, random states) with three files
-of ours: `train_state.json` (step, data cursor, layout), `config.yaml` and `manifest.json`.
+A checkpoint is megatron's `torch_dist` folder (weights, optimizer, random states) with files of
+ours: `train_state.json` (step, data cursor, layout), `config.yaml`, the tokenizer and `manifest.json`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import nn
 
 from megatron_ext.checkpoint import folder, state
 from megatron_ext.checkpoint.metadata_guard import check_metadata
+from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.mesh import Mesh
 
@@ -43,7 +44,6 @@ class TrainState:
     cursor: dict[str, Any]
     """Place in the global document order."""
     data_fingerprint: str
-    world_size: int
     layout: dict[str, int]
     optimizer: str
     has_main_parameters: bool
@@ -69,6 +69,7 @@ def save_checkpoint(
     chunks: Sequence[nn.Module],
     optimizer: ChainedOptimizer,
     config_yaml: str,
+    tokenizer: Tokenizer,
     keep: int,
     mesh: Mesh,
 ) -> Path:
@@ -97,6 +98,7 @@ def save_checkpoint(
                 json.dumps(asdict(train_state), indent=1) + "\n", encoding="utf-8"
             )
             (target / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            tokenizer.save(target)
     digests = _gather_digests(target, mesh)
     with _all_agree(run_dir, step, mesh):
         if mesh.is_first_rank:
@@ -204,6 +206,7 @@ def load_checkpoint(
     optimizer: ChainedOptimizer,
     rule: str,
     mesh: Mesh,
+    layout: dict[str, int],
 ) -> TrainState:
     """Load everything from a checkpoint that `check_files` has passed; every rank calls this."""
     saved = TrainState.read(checkpoint)
@@ -220,7 +223,8 @@ def load_checkpoint(
     state.put_optimizer_state(
         loaded["optimizer"], chunks, optimizer, rule=rule, num_updates=saved.num_updates
     )
-    if saved.world_size == mesh.world_size:
+    # Each rank has its own streams; on another layout they start from the seed again.
+    if saved.layout == layout:
         state.set_rng_state(_load(checkpoint, {"rng": state.rng_state(mesh)})["rng"])
     return saved
 

@@ -18,11 +18,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Write JSON under a temporary name, flush it to the disk, rename it."""
+    """Write JSON so that the old file or the new one is there, never half of one."""
+    write_text(path, json.dumps(tree, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text under a temporary name, flush it to the disk, rename it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="ascii") as stream:
-            stream.write(json.dumps(tree, indent=2) + "\n")
+        with open(temporary, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -61,6 +61,11 @@ class IndexedWriter:
     Args:
         prefix: path without suffix; parts that are needed once wait beside it.
         dtype: uint16 or int32.
+
+    Attributes:
+        num_documents: documents added.
+        num_tokens: their stored ids, each document's end included.
+        num_bytes: UTF-8 bytes of their texts.
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
@@ -98,7 +103,7 @@ class IndexedWriter:
         """
         lengths = num_tokens + 1
         assert len(lengths) == 0 or int(lengths.max()) <= MAX_DOCUMENT_TOKENS
-        starts = self.num_tokens + self.num_documents + np.cumsum(lengths) - lengths
+        starts = self.num_tokens + np.cumsum(lengths) - lengths
         rows = np.empty(len(lengths), DOCUMENT)
         rows["num_tokens"], rows["num_bytes"] = num_tokens, num_bytes
         self._lengths.write(lengths.astype("<i4").tobytes())
@@ -106,13 +111,13 @@ class IndexedWriter:
         self._rows.write(rows.tobytes())
         self._digest.update(rows.tobytes())
         self.num_documents += len(lengths)
-        self.num_tokens += int(num_tokens.sum())
+        self.num_tokens += int(lengths.sum())
         self.num_bytes += int(num_bytes.sum())
 
     def finish(self) -> str:
         """Write .idx and .documents.npy; the fingerprint of the content."""
         stored = self._bin.tell() // self._dtype.itemsize
-        assert stored == self.num_tokens + self.num_documents, "ids and documents do not fit"
+        assert stored == self.num_tokens, "ids and documents do not fit"
         sync_and_close(self._bin)
         self.close()
         lengths, starts, rows = self._part_paths
@@ -145,6 +150,11 @@ class TokenFile:
 
     Args:
         prefix: path without suffix.
+
+    Attributes:
+        num_documents: documents.
+        num_tokens: stored ids, each document's end included.
+        document_lengths: stored ids of each document, [num_documents].
 
     Raises:
         UserError: a file is missing, damaged, or does not fit the others.
@@ -268,4 +278,5 @@ def _file_size(path: Path) -> int:
 def _map(path: Path, dtype: npt.DTypeLike, offset: int, count: int) -> npt.NDArray[Any]:
     if count == 0:
         return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+    # As a plain array: slices of a np.memmap cost several times as much.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)))

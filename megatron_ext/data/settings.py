@@ -88,6 +88,12 @@ class PrepareSettings:
             )
         return vocab_size
 
+    def training_name(self) -> str:
+        """What decides a trained tokenizer, besides the text."""
+        vocab_size = self.trained_vocab_size
+        assert vocab_size is not None
+        return f"train:{vocab_size} on {self.sample_bytes(vocab_size)} bytes"
+
     def sample_bytes(self, vocab_size: int) -> int:
         """Bytes of text to train a tokenizer of `vocab_size` ids on."""
         if self.training_sample_bytes is not None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ext.data.disk import write_json, write_text
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ class Tokenizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_vocabulary(folder)
-        text = json.dumps(self.describe(), indent=2) + "\n"
-        (folder / METADATA_FILE).write_text(text, encoding="ascii")
+        write_json(folder / METADATA_FILE, self.describe())
 
 
 class BytesTokenizer(Tokenizer):
@@ -161,7 +161,7 @@ class JsonTokenizer(Tokenizer):
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def _save_vocabulary(self, folder: Path) -> None:
-        (folder / TOKENIZER_FILE).write_text(self._canonical, encoding="utf-8")
+        write_text(folder / TOKENIZER_FILE, self._canonical)
 
 
 def _canonical_json(text: str, source: str) -> str:

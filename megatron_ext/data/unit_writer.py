@@ -45,7 +45,7 @@ class UnitSummary:
 
     Args:
         num_documents: documents (or pieces of one) in `records`.
-        num_stored_tokens: ids in `tokens`, end-of-document ids included.
+        num_token_bytes: size of `tokens`.
         num_bad: lines in `bad_records.jsonl`.
         num_bad_stopping: those of files where a bad record is a reason to stop.
         num_empty: documents without text.
@@ -54,7 +54,7 @@ class UnitSummary:
     """
 
     num_documents: int = 0
-    num_stored_tokens: int = 0
+    num_token_bytes: int = 0
     num_bad: int = 0
     num_bad_stopping: int = 0
     num_empty: int = 0
@@ -78,13 +78,14 @@ def unit_folder(units_folder: Path, index: int) -> Path:
     return units_folder / f"{index:08d}"
 
 
-def build_unit_job(context: UnitContext) -> Callable[[Unit], None]:
-    """The function that a worker calls for each unit."""
+def build_unit_job(context: UnitContext) -> Callable[[Unit], int]:
+    """The function that a worker calls for each unit; it gives back the unit's index."""
     tokenizer = load_tokenizer(context.tokenizer_folder)
 
-    def job(unit: Unit) -> None:
+    def job(unit: Unit) -> int:
         with explain_full_disk(context.units_folder, KEPT_UNITS):
             _write_unit(unit, context, tokenizer)
+        return unit.index
 
     return job
 
@@ -94,7 +95,7 @@ def _write_unit(unit: Unit, context: UnitContext, tokenizer: Tokenizer) -> None:
     folder = final.with_name(f"{final.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
-        with _UnitWriter(folder, tokenizer, ends_document=_is_last_piece(unit)) as writer:
+        with _UnitWriter(folder, tokenizer, ends_documents=unit.fragment_of is None) as writer:
             done = 0
             for part in unit.parts:
                 writer.stops = not part.file.skip_bad
@@ -108,13 +109,21 @@ def _write_unit(unit: Unit, context: UnitContext, tokenizer: Tokenizer) -> None:
                 done += part.num_bytes
         write_json(folder / SUMMARY_FILE, asdict(writer.summary()))
         sync_folder(folder)
+        shutil.rmtree(final, ignore_errors=True)  # one that read_summary found damaged
         os.rename(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_last_piece(unit: Unit) -> bool:
-    return unit.fragment_of is None or unit.parts[-1].end == unit.parts[-1].file.num_bytes
+def read_summary(folder: Path) -> UnitSummary | None:
+    """The summary of a finished unit; None where the folder or a file in it is not whole."""
+    try:
+        summary = UnitSummary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="ascii")))
+        found = [(folder / name).stat().st_size for name in (TOKENS_FILE, RECORDS_FILE)]
+    except (OSError, ValueError, TypeError):
+        return None
+    expected = [summary.num_token_bytes, summary.num_documents * RECORD.itemsize]
+    return summary if found == expected else None
 
 
 def _reporter(progress: Any, index: int, done: int) -> Callable[[int], None]:
@@ -130,15 +139,16 @@ class _UnitWriter:
     Args:
         folder: where to write.
         tokenizer: encodes.
-        ends_document: False for the piece of a document that goes on in the next unit.
+        ends_documents: False for a piece of a document, whose end is added where the pieces are
+            put together.
     """
 
     stops = True
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, *, ends_document: bool) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, *, ends_documents: bool) -> None:
         self._tokenizer = tokenizer
         self._dtype = np.dtype(tokenizer.dtype())
-        self._eod = np.array([tokenizer.eod] if ends_document else [], self._dtype).tobytes()
+        self._eod = np.array([tokenizer.eod] if ends_documents else [], self._dtype).tobytes()
         self._tokens = open(folder / TOKENS_FILE, "wb")  # noqa: SIM115 (closed in __exit__)
         self._records = open(folder / RECORDS_FILE, "wb")  # noqa: SIM115
         self._bad_path = folder / BAD_RECORDS_FILE
@@ -164,7 +174,7 @@ class _UnitWriter:
                 for stream in (self._tokens, self._records):
                     stream.flush()
                     os.fsync(stream.fileno())
-                self._counts["num_stored_tokens"] = self._tokens.tell() // self._dtype.itemsize
+                self._counts["num_token_bytes"] = self._tokens.tell()
         finally:
             self._tokens.close()
             self._records.close()

@@ -22,6 +22,11 @@ from megatron_ext.errors import UserError
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
+def shared_counters(count: int) -> Any:
+    """`count` int64 zeros that workers write and the parent reads, without locks."""
+    return _CONTEXT.RawArray("q", count)
+
+
 class WorkerPool:
     """Processes that each do one job at a time.
 

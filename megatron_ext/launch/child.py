@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ext import exit_codes
@@ -20,7 +20,8 @@ _PR_SET_PDEATHSIG = 1
 class Child:
     """`returncode` as `subprocess` has it, None while it runs; `order` counts who ended before.
 
-    `was_ended` says that the parent ended it: how it left then says nothing about a fault.
+    `was_ended` says that the parent ended it: how it left then says nothing about a fault. Nor does
+    dying of a signal in `passed_on`, the user's own.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class Child:
     returncode: int | None = None
     order: int = -1
     was_ended: bool = False
+    passed_on: set[int] = field(default_factory=set)
 
     @property
     def is_alive(self) -> bool:
@@ -37,8 +39,10 @@ class Child:
     @property
     def has_failed(self) -> bool:
         """It left by its own fault, neither finished nor saved and stopped."""
-        good = (None, exit_codes.DONE, exit_codes.SAVED_AND_STOPPED)
-        return self.returncode not in good and not self.was_ended
+        if self.returncode is None or self.was_ended:
+            return False
+        good = (exit_codes.DONE, exit_codes.SAVED_AND_STOPPED)
+        return self.returncode not in good and -self.returncode not in self.passed_on
 
     def look(self, *, order: int) -> None:
         """Note its end if it has ended; what a failed rank leaves running is killed."""
@@ -51,17 +55,18 @@ class Child:
         self.returncode = self.process.wait()
         self.order = order
 
-    def send(self, number: int) -> None:
-        """A signal for the rank itself, not for helpers it may have started."""
+    def pass_on(self, number: int) -> None:
+        """The user's signal, for the rank itself and not for helpers it may have started."""
+        self.passed_on.add(number)
         self.process.send_signal(number)
 
     def end(self, number: int) -> None:
-        """Like `send`, but by the parent's decision; SIGKILL takes the rank's helpers with it."""
+        """The parent's own decision; SIGKILL takes the rank's helpers with it."""
         self.was_ended = True
         if number == signal.SIGKILL:
             self._signal_group(number)
         else:
-            self.send(number)
+            self.process.send_signal(number)
 
     def kill(self) -> None:
         """Make sure that it is gone."""

@@ -20,7 +20,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.launch.child import Child, start_child
 from megatron_ext.launch.forwarded_signals import forwarded_signals
 from megatron_ext.launch.ranks import local_rank_environment
-from megatron_ext.launch.verdict import describe_failure, exit_code, first_cause
+from megatron_ext.launch.verdict import describe_end, exit_code, first_cause
 
 _POLL_SECONDS = 0.02
 # How long the others may go on after a failure to fail by themselves: the rank that lost its peer
@@ -65,8 +65,8 @@ def run_local(
             for child in children:
                 child.kill()
     cause = first_cause(children)
-    if cause is not None:
-        print(describe_failure(cause, children), file=sys.stderr, flush=True)
+    if text := describe_end(children, cause):
+        print(text, file=sys.stderr, flush=True)
     if cause is None or num_ranks == 1:
         shutil.rmtree(folder, ignore_errors=True)
     return exit_code(children, cause)
@@ -104,7 +104,7 @@ class _Watch:
             if math.isinf(self.failed_at):
                 self.is_asked_to_stop = True
             for child in living:
-                child.end(SIGKILL) if is_enough else child.send(number)
+                child.end(SIGKILL) if is_enough else child.pass_on(number)
 
     def _end_others(self, living: Sequence[Child]) -> None:
         # Once the user asked the ranks to stop they may be saving, and a late failure of one must

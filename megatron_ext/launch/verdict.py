@@ -40,8 +40,18 @@ def exit_code(children: Sequence[Child], cause: Child | None) -> int:
     return 128 - killed[0] if killed and killed[0] is not None else exit_codes.FAILED
 
 
-def describe_failure(cause: Child, children: Sequence[Child]) -> str:
-    """What the terminal shows: the rank, how it ended, its last lines, where the rest stands."""
+def describe_end(children: Sequence[Child], cause: Child | None) -> str:
+    """What the terminal shows; nothing where all ranks ended alike and none by its own fault."""
+    if cause is not None:
+        return _describe_failure(children, cause)
+    if len({child.returncode for child in children}) == 1:
+        return ""
+    ends = ", ".join(f"rank {child.rank} {_how_it_ended(child)}" for child in children)
+    return f"the ranks did not end alike: {ends}"
+
+
+def _describe_failure(children: Sequence[Child], cause: Child) -> str:
+    """The rank, how it ended, its last lines, where the rest stands."""
     lines = [f"rank {cause.rank} of {len(children)} {_how_it_ended(cause)}"]
     printed = cause.last_lines()
     if cause.log is None:
@@ -72,7 +82,7 @@ def _suspicion(child: Child) -> tuple[bool, int, int]:
 
 def _how_it_ended(child: Child) -> str:
     assert child.returncode is not None
-    if child.returncode > 0:
+    if child.returncode >= 0:
         return f"left with exit code {child.returncode}"
     number = -child.returncode
     try:

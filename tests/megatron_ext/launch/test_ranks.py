@@ -185,7 +185,7 @@ def test_what_an_earlier_local_run_left_is_named(tmp_path: Path) -> None:
     environment = local_rank_environment(
         {}, rank=0, num_ranks=2, store_path=tmp_path / "gone" / "store"
     )
-    with pytest.raises(UserError, match="MEGATRON_EXT_STORE=.* left over"):
+    with pytest.raises(UserError, match=r"MEGATRON_EXT_STORE=.* left over"):
         discover(environment)
 
 

@@ -1,0 +1,140 @@
+"""The command line: parse, call, turn errors into a message and an exit code.
+
+Nothing heavy is imported before a command needs it, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from megatron_ext import exit_codes
+from megatron_ext.data import cli as data_cli
+from megatron_ext.errors import UserError
+
+_DESCRIPTION = "Pretrain language models on text of any length, from a laptop's CPU to a cluster."
+_OVERRIDES_HELP = "settings to change, e.g. optim.lr=3e-4 data.corpora.0.path=corpus"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-ext", description=_DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    data_cli.add_arguments(commands)
+
+    train = commands.add_parser(
+        "train",
+        help="train a recipe or a YAML file; goes on where the run folder stands",
+        description="Train. Under torchrun or srun the rank comes from the environment; otherwise "
+        "local ranks are started. Exit code 75: saved and stopped on request; run it again.",
+    )
+    _add_config_arguments(train)
+    train.add_argument("--ranks", type=int, metavar="N", help="local ranks to start")
+    train.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="same as launch.device=..."
+    )
+    train.set_defaults(run=_train)
+
+    plan = commands.add_parser(
+        "plan",
+        help="check a configuration without starting a rank",
+        description="Check a configuration and show what it amounts to.",
+    )
+    _add_config_arguments(plan)
+    plan.add_argument("--ranks", type=int, metavar="N", help="ranks it shall run on")
+    plan.add_argument("--json", action="store_true", help="machine-readable output")
+    plan.set_defaults(run=_plan)
+
+    generate = commands.add_parser("generate", help="sample text from a checkpoint")
+    generate.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or iter_ folder")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--tokens", type=int, default=200, metavar="N", help="at most (200)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)"
+    )
+    generate.add_argument("--top-k", type=int, default=50, metavar="K", help="0 takes all (50)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    generate.set_defaults(run=_generate)
+
+    doctor = commands.add_parser("doctor", help="what is installed, what is missing, what it costs")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RECIPE|FILE.yaml", help="e.g. quickstart")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES_HELP)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parse(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `megatron-ext ... | head`: nobody reads on. Keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.FAILED
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse stops collecting section.key=value words at the first option between them.
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if stray or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatron_ext.train_command import train
+
+    return train(
+        arguments.source,
+        _with_device(arguments.overrides, arguments.device),
+        num_ranks=arguments.ranks,
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_ext.plan_command import plan
+
+    return plan(
+        arguments.source, arguments.overrides, num_ranks=arguments.ranks, as_json=arguments.json
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from megatron_ext.generate import generate
+
+    return generate(
+        arguments.checkpoint,
+        prompt=arguments.prompt,
+        num_tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megatron_ext.doctor import doctor
+
+    return doctor()
+
+
+def _with_device(overrides: list[str], device: str | None) -> list[str]:
+    return overrides if device is None else [*overrides, f"launch.device={device}"]

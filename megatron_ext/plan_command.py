@@ -1,0 +1,92 @@
+"""`megatron-ext plan`: check a configuration and show what it amounts to, with no rank started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from megatron_ext.config import Config
+from megatron_ext.config_check import check_config, data_parallel_size
+from megatron_ext.config_file import dump_config, load_config
+
+
+def plan(source: str, overrides: Sequence[str], *, num_ranks: int | None, as_json: bool) -> int:
+    """Print the resolved tree and what follows from it; returns the exit code."""
+    config = load_config(source, overrides)
+    world_size = num_ranks if num_ranks is not None else config.launch.num_ranks
+    config = check_config(config, world_size=world_size)
+    figures = _figures(config, world_size)
+    if as_json:
+        print(json.dumps(figures | {"megatron_flags": megatron_flags(config)}))
+        return 0
+    print(dump_config(config))
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):24} {value:,}")
+    print("\nthe same in megatron's words:\n  " + " ".join(megatron_flags(config)))
+    return 0
+
+
+def num_parameters(config: Config, *, vocab_size: int) -> int:
+    """Weights of the whole model, norms and embeddings included."""
+    model = config.model
+    h, d = model.hidden_size, model.head_dim
+    attention = h * d * (2 * model.num_attention_heads + 2 * model.query_groups)
+    norms = 2 * h + (2 * d if model.qk_layernorm else 0)
+    layer = attention + 3 * h * model.ffn_size + norms
+    embeddings = vocab_size * h * (2 if model.untie_embeddings_and_output_weights else 1)
+    return model.num_layers * layer + embeddings + h
+
+
+def _figures(config: Config, world_size: int) -> dict[str, int]:
+    dp = data_parallel_size(config, world_size)
+    tokens = config.train.global_batch_tokens or 0
+    figures = {
+        "ranks": world_size,
+        "data_parallel_size": dp,
+        "tokens_per_step": tokens,
+        "micro_batches_per_rank": -(-tokens // (config.data.micro_batch_tokens * dp)),
+        "tokens_in_all_steps": tokens * config.train.train_iters,
+    }
+    if config.model.vocab_size is not None:
+        figures["parameters"] = num_parameters(config, vocab_size=config.model.vocab_size)
+    return figures
+
+
+def megatron_flags(config: Config) -> list[str]:
+    """The options of Megatron-LM that mean the same, as far as it has them."""
+    model, parallel, optim = config.model, config.parallel, config.optim
+    flags = {
+        "num-layers": model.num_layers,
+        "hidden-size": model.hidden_size,
+        "ffn-hidden-size": model.ffn_size,
+        "num-attention-heads": model.num_attention_heads,
+        "kv-channels": model.head_dim,
+        "rotary-base": int(model.rotary_base),
+        "norm-epsilon": model.layernorm_epsilon,
+        "tensor-model-parallel-size": parallel.tensor_model_parallel_size,
+        "pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
+        "lr": optim.lr,
+        "min-lr": optim.min_lr,
+        "lr-warmup-iters": optim.lr_warmup_iters,
+        "weight-decay": optim.weight_decay,
+        "adam-beta1": optim.adam_beta1,
+        "adam-beta2": optim.adam_beta2,
+        "clip-grad": optim.clip_grad,
+        "train-iters": config.train.train_iters,
+        "seq-length": config.data.max_sequence_length,
+    }
+    words = [f"--{name} {value}" for name, value in flags.items()]
+    words += ["--normalization RMSNorm", "--swiglu", "--disable-bias-linear"]
+    words += ["--position-embedding-type rope", "--calculate-per-token-loss"]
+    if model.query_groups != model.num_attention_heads:
+        words.append(f"--group-query-attention --num-query-groups {model.query_groups}")
+    switches = {
+        "qk-layernorm": model.qk_layernorm,
+        "untie-embeddings-and-output-weights": model.untie_embeddings_and_output_weights,
+        "sequence-parallel": parallel.sequence_parallel,
+        "use-distributed-optimizer": parallel.use_distributed_optimizer,
+        "overlap-grad-reduce": parallel.overlap_grad_reduce,
+        "overlap-param-gather": parallel.overlap_param_gather,
+        "bf16": config.precision.dtype != "fp32",
+    }
+    return words + [f"--{name}" for name, is_on in switches.items() if is_on]

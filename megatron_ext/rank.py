@@ -1,0 +1,50 @@
+"""One rank from its place in the world to its exit code.
+
+megatron is imported here and below only, after it is settled what it takes for its accelerator.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+from megatron_ext.config import Config
+from megatron_ext.devices import choose_device_type, open_device
+from megatron_ext.launch import process_group
+from megatron_ext.launch.ranks import RankInfo
+
+
+def choose_accelerator(config: Config) -> torch.device:
+    """The device type of this run, with megatron told so. Call before importing megatron."""
+    device = torch.device(choose_device_type(config))
+    # What megatron says about absent optional packages is `doctor`'s to tell.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        from megatron_ext import cpu
+
+        cpu.install()
+    return device
+
+
+def run_rank(config: Config, info: RankInfo) -> int:
+    """Train on this rank; returns the exit code.
+
+    Args:
+        config: checked and filled in for `info.world_size`.
+    """
+    device = choose_accelerator(config)
+    assert config.log.run_dir is not None
+    run_dir = Path(config.log.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with process_group.running(
+        info, device=device, timeout_seconds=config.launch.timeout_seconds
+    ) as device:
+        from megatron_ext.run import open_run
+        from megatron_ext.trainer import train
+
+        with open_run(config, open_device(config, device), run_dir) as run:
+            return train(run)

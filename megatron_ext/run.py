@@ -1,0 +1,125 @@
+"""What one rank of a run works with: mesh, model, optimizer, data and its place in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from megatron_ext.checkpoint.checkpoint import TrainState
+from megatron_ext.config import Config
+from megatron_ext.console import TrainConsole
+from megatron_ext.devices import RunDevice
+from megatron_ext.mesh import Mesh, start_mesh, stop_mesh
+from megatron_ext.model import (
+    build_model,
+    model_shape,
+    padded_vocab_size,
+    wrap_data_parallel,
+)
+from megatron_ext.optimizer import build_optimizer
+from megatron_ext.step import connect_gradients
+from megatron_ext.training_data import BatchReader, TrainingData, open_corpora
+from parallel.plan.cost import CostModel
+from parallel.plan.flops import ModelShape
+
+
+@dataclass
+class Run:
+    """What one rank works with."""
+
+    config: Config
+    run_dir: Path
+    mesh: Mesh
+    device: RunDevice
+    data: TrainingData
+    chunks: list[DistributedDataParallel]
+    optimizer: ChainedOptimizer
+    reader: BatchReader
+    shape: ModelShape
+    cost_model: CostModel
+    console: TrainConsole
+    step: int = 0
+    num_updates: int = 0
+    tokens: int = 0
+    skipped_in_a_row: int = 0
+
+    def state(self) -> TrainState:
+        return TrainState(
+            step=self.step,
+            num_updates=self.num_updates,
+            tokens=self.tokens,
+            cursor=self.data.order.cursor.to_dict(),
+            data_fingerprint=self.data.fingerprint,
+            layout=self.layout,
+            optimizer=self.config.optim.optimizer,
+            has_main_parameters=self.device.dtype != torch.float32,
+        )
+
+    @property
+    def layout(self) -> dict[str, int]:
+        parallel = self.config.parallel
+        return {
+            "tensor_model_parallel_size": self.mesh.tensor_size,
+            "pipeline_model_parallel_size": self.mesh.pipeline_size,
+            "virtual_pipeline_model_parallel_size": (
+                parallel.virtual_pipeline_model_parallel_size or 1
+            ),
+            "data_parallel_size": self.mesh.data_size,
+        }
+
+
+@contextmanager
+def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
+    """Build model, optimizer and data on this rank; the process group must be running.
+
+    Args:
+        config: checked and filled in (`config_check.check_config`).
+    """
+    mesh = start_mesh(config.parallel, seed=config.train.seed)
+    try:
+        data = TrainingData(config, open_corpora(config))
+        vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
+        chunks = wrap_data_parallel(
+            build_model(
+                config,
+                mesh=mesh,
+                vocab_size=vocab_size,
+                dtype=device.dtype,
+                is_cuda=device.is_cuda,
+            ),
+            config,
+        )
+        optimizer = build_optimizer(chunks, config, dtype=device.dtype)
+        connect_gradients(chunks)
+        yield Run(
+            config=config,
+            run_dir=run_dir,
+            mesh=mesh,
+            device=device,
+            data=data,
+            chunks=chunks,
+            optimizer=optimizer,
+            reader=BatchReader.for_model(config, mesh=mesh, device=device.device),
+            shape=model_shape(config.model, vocab_size),
+            cost_model=_cost_model(model_shape(config.model, vocab_size), device),
+            console=TrainConsole(
+                train_iters=config.train.train_iters,
+                log_interval=config.log.log_interval,
+                enabled=mesh.is_first_rank,
+            ),
+        )
+    finally:
+        stop_mesh()
+
+
+def _cost_model(shape: ModelShape, device: RunDevice) -> CostModel:
+    """Only ratios matter for balancing, so an unknown peak may be any number."""
+    return CostModel.from_model(
+        **asdict(shape), flops_per_second=device.peak.flops_per_second if device.peak else 1e14
+    )

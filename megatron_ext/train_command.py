@@ -1,0 +1,101 @@
+"""`megatron-ext train`: check, prepare the corpora, start local ranks or be one.
+
+The configuration is checked and the text prepared before any rank starts, so a mistake costs
+nothing and is told once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ext.config import Config, CorpusConfig, PrepareConfig
+from megatron_ext.config_check import check_config
+from megatron_ext.config_file import dump_config, load_config
+from megatron_ext.data.corpus import Corpus
+from megatron_ext.data.prepare import prepare
+from megatron_ext.data.settings import PrepareSettings
+from megatron_ext.errors import UserError
+from megatron_ext.launch.local import run_local
+from megatron_ext.launch.ranks import RankInfo, discover
+
+_WAIT_SECONDS = 1.0
+
+
+def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None) -> int:
+    """Train `source`; returns the exit code.
+
+    Args:
+        source: recipe name or YAML file.
+        overrides: `section.key=value` words.
+        num_ranks: local ranks, when nobody else started us; by default launch.num_ranks.
+    """
+    info = discover()
+    config = load_config(source, overrides)
+    if info.source != "single":
+        _refuse_other_size(num_ranks, info)
+        config = check_config(config, world_size=info.world_size)
+        if info.source != "local":
+            _prepare_as_rank(config, info)
+        return _run_rank(config, info)
+    num_ranks = num_ranks if num_ranks is not None else config.launch.num_ranks
+    if num_ranks < 1:
+        raise UserError(f"--ranks {num_ranks}: at least 1")
+    config = check_config(config, world_size=num_ranks)
+    print(dump_config(config), flush=True)
+    for corpus in config.data.corpora:
+        prepare_corpus(corpus)
+    if num_ranks == 1:
+        return _run_rank(config, info)
+    return run_local(
+        [sys.executable, "-m", "megatron_ext", "train", source, *overrides], num_ranks
+    )
+
+
+def _refuse_other_size(num_ranks: int | None, info: RankInfo) -> None:
+    if num_ranks is not None and num_ranks != info.world_size:
+        raise UserError(
+            f"--ranks {num_ranks}: {info.source} has already started {info.world_size} ranks; "
+            "leave --ranks out"
+        )
+
+
+def _run_rank(config: Config, info: RankInfo) -> int:
+    # torch and megatron: only where a rank really runs.
+    from megatron_ext.rank import run_rank
+
+    return run_rank(config, info)
+
+
+def prepare_corpus(corpus: CorpusConfig) -> None:
+    """Prepare a corpus on first use, if the configuration says how."""
+    path = Path(corpus.path)
+    if corpus.prepare is None or (path / "metadata.json").exists():
+        Corpus.open(path)
+        return
+    print(f"preparing {path} (once)", flush=True)
+    prepare(_settings(corpus.prepare, path))
+
+
+def _settings(options: PrepareConfig, output: Path) -> PrepareSettings:
+    return PrepareSettings(
+        inputs=tuple(options.input),
+        output=output,
+        tokenizer=options.tokenizer,
+        include=tuple(options.include),
+        text_key=options.text_key,
+        validation_fraction=options.validation_fraction,
+        bad_records=options.bad_records,
+    )
+
+
+def _prepare_as_rank(config: Config, info: RankInfo) -> None:
+    """Rank 0 prepares; the others wait until they see the result on the shared file system."""
+    for corpus in config.data.corpora:
+        if info.rank == 0:
+            prepare_corpus(corpus)
+        elif corpus.prepare is not None:
+            while not (Path(corpus.path) / "metadata.json").exists():
+                time.sleep(_WAIT_SECONDS)

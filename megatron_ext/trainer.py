@@ -1,0 +1,222 @@
+"""The training loop of one rank.
+
+`train` says when, `train_step` is the one step. What is printed, drawn and saved stands around the
+step, not in it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext import exit_codes
+from megatron_ext.checkpoint import checkpoint
+from megatron_ext.config_file import dump_config
+from megatron_ext.console import TrainConsole
+from megatron_ext.devices import peak_memory_bytes
+from megatron_ext.errors import UserError
+from megatron_ext.learning_rate import learning_rate
+from megatron_ext.metrics import Record, open_sinks
+from megatron_ext.optimizer import clip_and_step, set_learning_rate
+from megatron_ext.plots import plot_loss
+from megatron_ext.resume import resume
+from megatron_ext.run import Run
+from megatron_ext.sample import sample
+from megatron_ext.step import TokenLoss, run_micro_batches
+from megatron_ext.stop import StopRequest
+from megatron_ext.training_data import plan_step
+from megatron_ext.validation import validate
+from parallel.plan.flops import model_flops
+from parallel.plan.predict import predict
+
+
+class NonFiniteError(UserError):
+    """Training produced a loss or gradient that is not finite; nothing of it was kept."""
+
+
+def train(run: Run) -> int:
+    """Train from where the run folder stands to the end, or to a request to stop.
+
+    Returns:
+        `exit_codes.DONE` or `exit_codes.SAVED_AND_STOPPED`.
+    """
+    config, console = run.config, run.console
+    resume(run)
+    sinks = (
+        open_sinks(config.log, run.run_dir, after_step=run.step) if run.mesh.is_first_rank else []
+    )
+    stop = StopRequest(run.run_dir)
+    console.begin(run.step)
+    reason = None
+    saved_step = run.step
+    try:
+        while run.step < config.train.train_iters and reason is None:
+            record = train_step(run)
+            is_last = run.step == config.train.train_iters
+            if is_last or _is_due(run.step, config.train.eval_interval):
+                record |= validate(run)
+            reason = _agreed(run, record, stop)
+            for sink in sinks:
+                sink.write(record)
+            console.step(record)
+            _say_validation(console, record)
+            if is_last or reason or _is_due(run.step, config.checkpoint.save_interval):
+                save(run)
+                saved_step = run.step
+    finally:
+        console.end()
+        stop.close()
+        for sink in sinks:
+            sink.close()
+    if reason is not None and saved_step < config.train.train_iters:
+        stop.clear()
+        console.say(f"asked to stop by {reason}: saved step {saved_step}; same command to go on")
+        return exit_codes.SAVED_AND_STOPPED
+    finish(run)
+    return exit_codes.DONE
+
+
+def train_step(run: Run) -> Record:
+    """One optimizer step over the next global batch.
+
+    Returns:
+        The numbers of this step, the same on every rank.
+    """
+    config, began = run.config, time.perf_counter()
+    assert config.train.global_batch_tokens is not None
+    refs, lengths = run.data.next_step(config.train.global_batch_tokens)
+    plan = plan_step(
+        lengths, config, num_data_ranks=run.mesh.data_size, cost_model=run.cost_model
+    )
+    batches = run.reader.read(plan, refs, run.data.train)
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    loss = run_micro_batches(
+        run.chunks,
+        batches,
+        mesh=run.mesh,
+        num_tokens=run.reader.tokens_per_rank,
+        z_loss_coeff=config.model.z_loss_coeff,
+    )
+    rate = learning_rate(run.step, config.optim, train_iters=config.train.train_iters)
+    set_learning_rate(run.optimizer, rate, weight_decay=config.optim.weight_decay)
+    grad_norm, is_updated = _update(run, loss)
+    run.step += 1
+    run.tokens += loss.num_tokens
+    run.num_updates += int(is_updated)
+    run.device.synchronize()
+    return _record(run, loss, lengths, rate, grad_norm, time.perf_counter() - began) | {
+        "plan_efficiency": predict(plan, run.cost_model).efficiency
+    }
+
+
+def _update(run: Run, loss: TokenLoss) -> tuple[float, bool]:
+    """Apply the gradients if they and the loss are finite; all ranks decide alike."""
+    if math.isfinite(loss.loss_sum):
+        grad_norm, is_updated = clip_and_step(run.optimizer, clip_grad=run.config.optim.clip_grad)
+    else:
+        grad_norm, is_updated = math.nan, False
+    run.skipped_in_a_row = 0 if is_updated else run.skipped_in_a_row + 1
+    train = run.config.train
+    if not is_updated and train.nonfinite == "stop":
+        raise NonFiniteError(
+            f"step {run.step + 1}: loss {loss.mean}, gradient norm {grad_norm}: not finite, so "
+            "nothing was applied or saved; lower optim.lr, raise optim.lr_warmup_iters, or set "
+            "train.nonfinite=skip"
+        )
+    if run.skipped_in_a_row > train.max_skipped_steps:
+        raise NonFiniteError(
+            f"step {run.step + 1}: {run.skipped_in_a_row} steps in a row were not finite "
+            f"(train.max_skipped_steps={train.max_skipped_steps}); the last checkpoint is good"
+        )
+    return grad_norm, is_updated
+
+
+def _record(
+    run: Run,
+    loss: TokenLoss,
+    lengths: Sequence[int],
+    rate: float,
+    grad_norm: float,
+    seconds: float,
+) -> Record:
+    flops_per_device = model_flops(run.shape, lengths=lengths) / seconds / run.mesh.world_size
+    return {
+        "step": run.step,
+        "loss": loss.mean,
+        "learning_rate": rate,
+        "grad_norm": grad_norm,
+        "tokens": loss.num_tokens,
+        "total_tokens": run.tokens,
+        "step_seconds": seconds,
+        "tokens_per_second": loss.num_tokens / seconds,
+        "model_tflops": flops_per_device / 1e12,
+        "mfu": flops_per_device / run.device.peak_flops,
+        "skipped_steps": run.step - run.num_updates,
+    }
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _agreed(run: Run, record: Record, stop: StopRequest) -> str | None:
+    """Share the largest memory peak and any request to stop; the same answer on every rank."""
+    wanted = stop.reason
+    shared = torch.tensor(
+        [float(wanted is not None), float(peak_memory_bytes(run.device))],
+        dtype=torch.float64,
+        device=run.device.device,
+    )
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    record["peak_memory_bytes"] = int(shared[1])
+    return (wanted or "another rank") if bool(shared[0]) else None
+
+
+def _say_validation(console: TrainConsole, record: Record) -> None:
+    if "validation_loss" in record:
+        console.say(
+            f"          held out: loss {record['validation_loss']:.4f}, "
+            f"{record['validation_bits_per_byte']:.4f} bits per byte"
+        )
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this moment; every rank calls this."""
+    began = time.perf_counter()
+    path = checkpoint.save_checkpoint(
+        run.run_dir,
+        run.state(),
+        chunks=run.chunks,
+        optimizer=run.optimizer,
+        config_yaml=dump_config(run.config),
+        tokenizer=run.data.tokenizer,
+        keep=run.config.checkpoint.keep,
+        mesh=run.mesh,
+    )
+    run.console.say(f"          saved {path} ({time.perf_counter() - began:.1f} s)")
+
+
+def finish(run: Run) -> None:
+    """The last words of a run: a sample, where things are."""
+    log = run.config.log
+    if log.sample_prompt is not None:
+        text = sample(
+            run.chunks,
+            run.reader,
+            run.data.tokenizer,
+            prompt=log.sample_prompt,
+            num_tokens=log.sample_tokens,
+            max_sequence_length=run.config.data.max_sequence_length,
+            mesh=run.mesh,
+        )
+        run.console.say(f"\nsample:\n{text}\n")
+    if run.mesh.is_first_rank:
+        run.console.say(f"plot        {plot_loss(run.run_dir)}")
+        run.console.say(f"metrics     {run.run_dir / 'metrics.jsonl'}")
+        run.console.say(f"checkpoint  {checkpoint.folder.checkpoint_path(run.run_dir, run.step)}")

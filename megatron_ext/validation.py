@@ -1,0 +1,61 @@
+"""Held-out loss and bits per byte.
+
+bits per byte = sum of cross entropy over all predictions / (ln 2 * bytes of text). Documents are
+taken whole, so every byte of them is predicted once and the figure does not depend on the
+tokenizer; the end of each document is predicted too and counts as no byte.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_ext.metrics import Record
+from megatron_ext.run import Run
+from megatron_ext.step import run_micro_batches
+from megatron_ext.training_data import plan_step, validation_groups
+
+# Held-out sequences are run in steps of this many micro-batches per rank.
+_MICRO_BATCHES_PER_STEP = 16
+# The held-out documents stay the same when train.seed changes, so that runs can be compared.
+_ORDER_SEED = 0
+
+
+@torch.no_grad()
+def validate(run: Run) -> Record:
+    """Loss and bits per byte of the held-out documents; every rank calls this."""
+    refs, lengths, num_bytes = run.data.validation_documents(
+        run.config.train.eval_tokens, seed=_ORDER_SEED
+    )
+    for chunk in run.chunks:
+        chunk.eval()
+    total = 0.0
+    num_tokens = 0
+    tokens_per_group = (
+        _MICRO_BATCHES_PER_STEP * run.reader.tokens_per_rank * run.mesh.data_size
+    )
+    for group_refs, group_lengths in validation_groups(
+        refs, lengths, tokens_per_group=tokens_per_group
+    ):
+        plan = plan_step(
+            group_lengths,
+            run.config,
+            num_data_ranks=run.mesh.data_size,
+            cost_model=run.cost_model,
+        )
+        loss = run_micro_batches(
+            run.chunks,
+            run.reader.read(plan, group_refs, run.data.validation),
+            mesh=run.mesh,
+            num_tokens=run.reader.tokens_per_rank,
+            forward_only=True,
+        )
+        total += loss.cross_entropy_sum
+        num_tokens += loss.num_tokens
+    for chunk in run.chunks:
+        chunk.train()
+    return {
+        "validation_loss": total / max(1, num_tokens),
+        "validation_bits_per_byte": total / (math.log(2.0) * max(1, num_bytes)),
+    }

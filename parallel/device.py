@@ -1,0 +1,159 @@
+"""What this machine is: CPU, CUDA or ROCm, and how fast.
+
+Model FLOP utilisation divides by a peak, so the peak must be named. Accelerators have a data sheet:
+the dense figure for one device as torch sees it (an MI250X is two devices). A CPU has none worth
+using, since clocks, cores and containers decide; there the peak is measured with a matrix product.
+
+Nothing here runs at import, and CUDA is asked only when a CUDA device is described.
+"""
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from parallel.device_peaks import DataSheet, data_sheet
+
+DeviceKind = Literal["cpu", "cuda", "rocm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """A device's greatest speed and where the figure comes from."""
+
+    flops_per_second: float
+    source: str
+    """For the log, such as "data sheet of NVIDIA H100 SXM"."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One device that a rank computes on."""
+
+    kind: DeviceKind
+    name: str
+    architecture: str
+    """"sm_90", "gfx90a", "x86_64" and the like."""
+    memory_bytes: int
+    """Of the device; on a CPU, of the whole machine."""
+    has_bf16_hardware: bool
+    sheet: DataSheet | None
+    """The data sheet's figures, where the device is known."""
+
+    def peak(self, dtype: torch.dtype) -> Peak | None:
+        """The data sheet's dense peak for matrix products, None where there is no figure."""
+        flops = self.sheet.flops_per_second.get(_dtype_name(dtype)) if self.sheet else None
+        if self.sheet is None or flops is None:
+            return None
+        return Peak(flops, f"data sheet of {self.sheet.name}")
+
+
+def device_info(device: torch.device | str | None = None) -> DeviceInfo:
+    """Describe `device`; without one, the current accelerator, or the CPU if there is none."""
+    if device is None:
+        device = "cuda" if _has_accelerator() else "cpu"
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _cpu_info()
+    if device.type == "cuda":
+        return _accelerator_info(device)
+    raise ValueError(f"no description for device {device}; there are cpu and cuda (also for ROCm)")
+
+
+def default_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware, else float32."""
+    return torch.bfloat16 if device_info(device).has_bf16_hardware else torch.float32
+
+
+def peak_or_measure(dtype: torch.dtype, *, device: torch.device | str | None = None) -> Peak | None:
+    """The data sheet's peak; on a CPU a measured one; None for an accelerator without a figure."""
+    info = device_info(device)
+    if info.kind == "cpu":
+        return measure_peak_flops(dtype)
+    return info.peak(dtype)
+
+
+def measure_peak_flops(dtype: torch.dtype, *, size: int = 768, budget_seconds: float = 0.2) -> Peak:
+    """The best speed of a [size, size] product on the CPU, with the threads torch has now.
+
+    The best and not the mean: other processes can only make it slower. Takes `budget_seconds`
+    and one product.
+    """
+    left = torch.randn(size, size).to(dtype)
+    right = torch.randn(size, size).to(dtype)
+    product = torch.mm(left, right)
+    best_seconds = float("inf")
+    end = time.perf_counter() + budget_seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        torch.mm(left, right, out=product)
+        best_seconds = min(best_seconds, time.perf_counter() - begin)
+    num_threads = torch.get_num_threads()
+    source = f"measured: {size}^3 {_dtype_name(dtype)} product, {num_threads} thread(s)"
+    return Peak(2 * size**3 / best_seconds, source)
+
+
+@cache
+def cpu_has_bf16_hardware() -> bool:
+    """Whether the CPU multiplies bfloat16 itself: avx512_bf16 or amx on x86, bf16 on Linux Arm.
+
+    False on macOS: torch's CPU build there has no bfloat16 matrix kernels, whatever the chip can.
+    """
+    if not Path("/proc/cpuinfo").exists():
+        return False
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(line.split())
+    return False
+
+
+def _has_accelerator() -> bool:
+    # A CPU build answers here, before anything that poses as an accelerator is asked.
+    built = torch.version.cuda is not None or torch.version.hip is not None
+    return built and torch.cuda.is_available()
+
+
+def _cpu_info() -> DeviceInfo:
+    return DeviceInfo(
+        kind="cpu",
+        name=_cpu_name(),
+        architecture=platform.machine(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        has_bf16_hardware=cpu_has_bf16_hardware(),
+        sheet=None,
+    )
+
+
+def _cpu_name() -> str:
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _accelerator_info(device: torch.device) -> DeviceInfo:
+    properties = torch.cuda.get_device_properties(device)
+    is_rocm = torch.version.hip is not None
+    if is_rocm:
+        # "gfx90a:sramecc+:xnack-": the part before the first colon is the architecture.
+        architecture = str(properties.gcnArchName).partition(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return DeviceInfo(
+        kind="rocm" if is_rocm else "cuda",
+        name=properties.name,
+        architecture=architecture,
+        memory_bytes=properties.total_memory,
+        has_bf16_hardware=architecture.startswith("gfx9") if is_rocm else properties.major >= 8,
+        sheet=data_sheet(properties.name, architecture=architecture),
+    )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
