@@ -154,7 +154,7 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = False
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """selective recomputes the modules named below; full recomputes whole layers."""
-    recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] = Field(
+    recompute_modules: list[Literal["core_attn", "mlp"]] = Field(
         default_factory=lambda: ["core_attn"]
     )
     recompute_num_layers: int = Field(1, ge=1)
@@ -181,7 +181,8 @@ class CheckpointConfig(Section):
     keep: int = Field(3, ge=1)
     """Checkpoints that stay; older ones are removed after a newer one is complete."""
     load: str | None = None
-    """Run folder to start from when this run's own folder has no checkpoint."""
+    """Run folder whose newest weights and optimizer state a new run starts from; its steps, schedule
+    and data begin anew."""
 
 
 class LogConfig(Section):

@@ -65,6 +65,7 @@ def transformer_config(config: Config, *, dtype: torch.dtype, is_cuda: bool) -> 
     """Our tree as megatron's configuration object."""
     model, parallel = config.model, config.parallel
     recompute = parallel.recompute_granularity
+    is_interleaved = (parallel.virtual_pipeline_model_parallel_size or 1) > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -81,8 +82,9 @@ def transformer_config(config: Config, *, dtype: torch.dtype, is_cuda: bool) -> 
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
-        # `init_parameters` fills the weights, the same on every layout.
-        perform_initialization=False,
+        # `init_parameters` fills the weights again, the same on every layout; but only where
+        # megatron initialises does it mark which dim is spread over ranks.
+        perform_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -100,8 +102,12 @@ def transformer_config(config: Config, *, dtype: torch.dtype, is_cuda: bool) -> 
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
-        overlap_p2p_comm=bool(parallel.virtual_pipeline_model_parallel_size),
-        batch_p2p_comm=not parallel.virtual_pipeline_model_parallel_size,
+        # Streams order a send before the release of its buffer on a GPU; gloo has no streams, and
+        # a send in flight would read freed memory.
+        overlap_p2p_comm=is_interleaved and is_cuda,
+        # With two interleaved stages the next and the previous rank are one, and a batch of sends
+        # and receives would mix activations with gradients.
+        batch_p2p_comm=not is_interleaved,
         attention_softmax_in_fp32=False,
     )
 

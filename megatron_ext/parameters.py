@@ -74,7 +74,12 @@ def parameter_shards(chunks: Sequence[nn.Module]) -> Iterator[ParameterShard]:
         }
         for name, parameter in chunk.named_parameters():
             yield ParameterShard(
-                name=_global_name(name, layer_numbers),
+                name=(
+                    # The last pipeline stage's copy of tied embeddings.
+                    "embedding.word_embeddings.weight"
+                    if getattr(parameter, "shared_embedding", False)
+                    else _global_name(name, layer_numbers)
+                ),
                 parameter=parameter,
                 dim=(
                     int(parameter.partition_dim)

@@ -20,8 +20,10 @@ from megatron_ext.launch.ranks import RankInfo
 def choose_accelerator(config: Config) -> torch.device:
     """The device type of this run, with megatron told so. Call before importing megatron."""
     device = torch.device(choose_device_type(config))
-    # What megatron says about absent optional packages is `doctor`'s to tell.
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    # What megatron says about absent optional packages is `doctor`'s to tell, and the names of
+    # collectives that it calls are its own affair.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if device.type == "cpu":
         from megatron_ext import cpu

@@ -14,24 +14,33 @@ from megatron_ext.run import Run
 def resume(run: Run) -> None:
     """Load what there is to go on from, and say which; every rank calls this."""
     config = run.config
-    found, problems = checkpoint.newest_good_checkpoint(run.run_dir, run.mesh)
-    for problem in problems:
-        run.console.say(f"passing over {problem}")
-    if found is None and config.checkpoint.load is not None:
-        found, problems = checkpoint.newest_good_checkpoint(
-            Path(config.checkpoint.load), run.mesh
-        )
-        if found is None:
-            raise UserError(
-                f"checkpoint.load={config.checkpoint.load}: no checkpoint there (expected "
-                f"{folder.checkpoints_dir(Path(config.checkpoint.load))}/iter_...)"
-            )
-    if found is None:
-        run.console.say(f"starting anew in {run.run_dir}")
-    else:
+    found = _newest(run, run.run_dir)
+    if found is not None:
         _go_on_from(run, found)
+    elif config.checkpoint.load is not None:
+        _start_from(run, Path(config.checkpoint.load))
+    else:
+        run.console.say(f"starting anew in {run.run_dir}")
     if run.mesh.is_first_rank:
         folder.write_atomically(run.run_dir / "config.yaml", dump_config(config))
+
+
+def _newest(run: Run, run_dir: Path) -> Path | None:
+    found, problems = checkpoint.newest_good_checkpoint(run_dir, run.mesh)
+    for problem in problems:
+        run.console.say(f"passing over {problem}")
+    return found
+
+
+def _start_from(run: Run, other: Path) -> None:
+    found = _newest(run, other)
+    if found is None:
+        raise UserError(
+            f"checkpoint.load={other}: no checkpoint there (expected "
+            f"{folder.checkpoints_dir(other)}/iter_...)"
+        )
+    _load(run, found)
+    run.console.say(f"starting in {run.run_dir} with weights and optimizer state of {found}")
 
 
 def _go_on_from(run: Run, found: Path) -> None:
@@ -42,6 +51,16 @@ def _go_on_from(run: Run, found: Path) -> None:
             f"names ({run.data.fingerprint}), so its place in the order means nothing; use another "
             "log.run_dir, or the old corpora"
         )
+    _load(run, found)
+    run.step, run.num_updates, run.tokens = saved.step, saved.num_updates, saved.tokens
+    run.data.order.seek(Cursor.from_dict(saved.cursor))
+    layout = "" if saved.layout == run.layout else " (saved on another layout of ranks)"
+    run.console.say(
+        f"going on after step {saved.step} from {found}{layout}; {saved.tokens:,} tokens seen"
+    )
+
+
+def _load(run: Run, found: Path) -> None:
     checkpoint.load_checkpoint(
         found,
         chunks=run.chunks,
@@ -49,10 +68,4 @@ def _go_on_from(run: Run, found: Path) -> None:
         rule=run.config.optim.optimizer,
         mesh=run.mesh,
         layout=run.layout,
-    )
-    run.step, run.num_updates, run.tokens = saved.step, saved.num_updates, saved.tokens
-    run.data.order.seek(Cursor.from_dict(saved.cursor))
-    layout = "" if saved.layout == run.layout else " (saved on another layout of ranks)"
-    run.console.say(
-        f"going on after step {saved.step} from {found}{layout}; {saved.tokens:,} tokens seen"
     )

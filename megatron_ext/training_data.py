@@ -16,7 +16,8 @@ import torch
 from megatron_ext.batch import IntArray, PackedBatch, pack, round_up
 from megatron_ext.config import Config
 from megatron_ext.data.corpus import Corpus
-from megatron_ext.data.order import GlobalOrder, permute
+from megatron_ext.data.order import GlobalOrder
+from megatron_ext.data.permutation import permute
 from megatron_ext.data.sequences import SequenceIndex
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
@@ -78,10 +79,10 @@ class TrainingData:
         refs = [
             SequenceRef(corpus, sequence)
             for corpus, sequence in zip(
-                np.asarray(batch.corpora).tolist(), np.asarray(batch.sequences).tolist(), strict=True
+                batch.corpora.tolist(), batch.sequences.tolist(), strict=True
             )
         ]
-        return refs, np.asarray(batch.lengths).tolist()
+        return refs, batch.lengths.tolist()
 
     def validation_documents(
         self, eval_tokens: int | None, *, seed: int
@@ -101,7 +102,7 @@ class TrainingData:
             for document in permute(np.arange(count), count, seed).tolist():
                 if share is not None and used >= share:
                     break
-                sequences = index.sequences_of(document)
+                sequences = index.of_document(document)
                 document_lengths = index.lengths(sequences).tolist()
                 refs += [SequenceRef(corpus, int(sequence)) for sequence in sequences]
                 lengths += document_lengths

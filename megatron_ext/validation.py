@@ -28,6 +28,9 @@ def validate(run: Run) -> Record:
     refs, lengths, num_bytes = run.data.validation_documents(
         run.config.train.eval_tokens, seed=_ORDER_SEED
     )
+    if not refs:
+        # A corpus too small to hold anything out, or prepared with --validation-fraction 0.
+        return {}
     for chunk in run.chunks:
         chunk.eval()
     total = 0.0
@@ -56,6 +59,6 @@ def validate(run: Run) -> Record:
     for chunk in run.chunks:
         chunk.train()
     return {
-        "validation_loss": total / max(1, num_tokens),
+        "validation_loss": total / num_tokens,
         "validation_bits_per_byte": total / (math.log(2.0) * max(1, num_bytes)),
     }

@@ -13,7 +13,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-_NUM_ROUNDS = 8
+_NUM_ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 UInt64s = npt.NDArray[np.uint64]
@@ -32,11 +32,10 @@ def permute(
 
     Args:
         positions: numbers below `num_items`, [n].
-        num_items: length of the list, at least 1.
+        num_items: length of the list.
         seed: below 2^64; one for all positions or one for each, [n].
     """
     values = np.array(positions, np.uint64, ndmin=1)
-    assert num_items >= 1
     assert len(values) == 0 or int(values.max()) < num_items
     seeds = np.array(seed, np.uint64, ndmin=1)
     bits = max(2, (num_items - 1).bit_length())

@@ -227,7 +227,8 @@ def _parse_line(
     try:
         record = json.loads(decoded)
     except json.JSONDecodeError as error:
-        yield BadRecord(path, number, None, f"not JSON: {error.msg} at column {error.colno}")
+        found = error.msg.removesuffix(" at")
+        yield BadRecord(path, number, None, f"not JSON: {found} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         yield BadRecord(path, number, None, f"not JSON: {error}")
     else:

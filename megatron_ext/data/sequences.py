@@ -13,25 +13,15 @@ before its first label. Nothing is dropped; a document has ceil((n + 1) / L) seq
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.data.indexed import TokenFile
+from megatron_ext.data.indexed import MAX_DOCUMENT_TOKENS, TokenFile
 from megatron_ext.errors import UserError
 
+_GUIDE_STEP = 64
+
 Int64s = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentPrefix:
-    """The first whole documents of a file: their sequences are 0 .. num_sequences - 1."""
-
-    num_documents: int
-    num_sequences: int
-    num_tokens: int
-    num_bytes: int
 
 
 class SequenceIndex:
@@ -54,7 +44,7 @@ class SequenceIndex:
         if max_sequence_length < 1:
             raise UserError(f"max_sequence_length = {max_sequence_length}: expected at least 1")
         self.token_file = token_file
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length = min(max_sequence_length, MAX_DOCUMENT_TOKENS)
         lengths = token_file.document_lengths
         self.num_tokens = int(lengths.sum(dtype=np.int64))
         if int(lengths.min(initial=1)) < 1 or self.num_tokens != token_file.num_tokens:
@@ -62,7 +52,7 @@ class SequenceIndex:
                 f"{token_file.prefix}.idx: its lengths add up to {self.num_tokens} ids, the file "
                 f"has {token_file.num_tokens}. It is damaged: restore it, or prepare again"
             )
-        pieces = -(-lengths // max_sequence_length)
+        pieces = -(-lengths // self.max_sequence_length)
         self.num_sequences = int(pieces.sum(dtype=np.int64))
         self.num_documents_cut = int((pieces > 1).sum())
         self.num_pieces = self.num_sequences - (token_file.num_documents - self.num_documents_cut)
@@ -70,6 +60,8 @@ class SequenceIndex:
         if self.num_documents_cut:
             self._first_sequences = np.zeros(len(lengths) + 1, np.int64)
             np.cumsum(pieces, out=self._first_sequences[1:])
+            marks = np.arange(0, self.num_sequences, _GUIDE_STEP)
+            self._guide = np.searchsorted(self._first_sequences, marks, side="right") - 1
         self._eod = int(token_file.read(0)[-1]) if token_file.num_documents else 0
 
     def locate(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s, Int64s]:
@@ -89,10 +81,38 @@ class SequenceIndex:
         if self._first_sequences is None:
             documents, starts = numbers, np.zeros_like(numbers)
         else:
-            documents = np.searchsorted(self._first_sequences, numbers, side="right") - 1
+            documents = self._find_documents(numbers, self._first_sequences)
             starts = (numbers - self._first_sequences[documents]) * self.max_sequence_length
         ends = starts + self.max_sequence_length
         return documents, starts, np.minimum(ends, self.token_file.document_lengths[documents])
+
+    def of_document(self, document: int) -> Int64s:
+        """Numbers of the sequences of a document, in order; their bytes are its bytes.
+
+        Raises:
+            IndexError: there is no such document.
+        """
+        if not 0 <= document < self.token_file.num_documents:
+            raise IndexError(f"document {document} of {self.token_file.prefix}")
+        if self._first_sequences is None:
+            return np.array([document], np.int64)
+        first, end = self._first_sequences[document : document + 2]
+        return np.arange(first, end, dtype=np.int64)
+
+    def _find_documents(self, numbers: Int64s, first_sequences: Int64s) -> Int64s:
+        """The last document that begins at or before each number, by bisection.
+
+        The guide narrows it to the documents of 64 sequences, so that a look-up in a table that is
+        larger than the cache touches a few of its lines and not a path through all of it.
+        """
+        low = self._guide[numbers // _GUIDE_STEP]
+        high = np.minimum(low + _GUIDE_STEP - 1, len(first_sequences) - 2)
+        for _ in range(_GUIDE_STEP.bit_length() - 1):
+            middle = (low + high + 1) >> 1
+            begins_before = first_sequences[middle] <= numbers
+            low = np.where(begins_before, middle, low)
+            high = np.where(begins_before, high, middle - 1)
+        return low
 
     def lengths(self, indices: npt.ArrayLike) -> Int64s:
         """Predictions of each of these sequences, [n]."""
@@ -117,16 +137,3 @@ class SequenceIndex:
         # An empty part at the beginning has no input either.
         tokens = np.concatenate([np.array([self._eod], np.int64), ids])[: end - start]
         return tokens, ids
-
-    def whole_documents(self, max_tokens: int) -> DocumentPrefix:
-        """The first documents that have at most `max_tokens` predictions together, at least one.
-
-        Bits per byte over them is exact: their bytes are those of the predictions.
-        """
-        ends = np.cumsum(self.token_file.document_lengths, dtype=np.int64)
-        if len(ends) == 0:
-            return DocumentPrefix(0, 0, 0, 0)
-        count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
-        sequences = count if self._first_sequences is None else int(self._first_sequences[count])
-        num_bytes = int(self.token_file.document_bytes[:count].sum())
-        return DocumentPrefix(count, sequences, int(ends[count - 1]), num_bytes)

@@ -209,7 +209,7 @@ def _find_eod(vocabulary: dict[str, int], wanted: str | None, source: str) -> st
 
 
 def open_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Tokenizer:
-    """`bytes`, a `tokenizer.json`, or a folder that holds one.
+    """`bytes`, a `tokenizer.json`, or a folder with one, such as a corpus's or checkpoint's own.
 
     Raises:
         UserError: no such file, not a tokenizer, or no end-of-document token.
@@ -218,6 +218,8 @@ def open_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Token
         return BytesTokenizer()
     path = Path(source)
     if path.is_dir():
+        if eod_token is None and (path / METADATA_FILE).is_file():
+            return load_tokenizer(path)
         path = path / TOKENIZER_FILE
     return JsonTokenizer(_read_text(path), eod_token=eod_token, source=str(path))
 
@@ -235,7 +237,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         eod_token = saved["eod_token"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a tokenizer's metadata: {error!r}") from None
-    source = "bytes" if kind == "bytes" else Path(folder)
+    source = "bytes" if kind == "bytes" else Path(folder) / TOKENIZER_FILE
     tokenizer = open_tokenizer(source, eod_token=eod_token)
     if tokenizer.fingerprint != fingerprint:
         raise UserError(

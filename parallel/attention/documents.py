@@ -8,6 +8,7 @@ what lies behind its last entry is padding and belongs to no document.
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 CuSeqlens = Tensor | Sequence[int]
@@ -35,3 +36,11 @@ def document_ranges(cu_seqlens: CuSeqlens, *, num_tokens: int) -> tuple[tuple[in
     if bounds[-1] > num_tokens:
         raise ValueError(f"cu_seqlens ends at {bounds[-1]}, but there are {num_tokens} tokens")
     return tuple((start, end) for start, end in ranges if end > start)
+
+
+def zeros_in_graph(x: Tensor) -> Tensor:
+    """Zeros of x's shape whose gradient for x is 0, even where x or the gradient is NaN.
+
+    An empty micro-batch needs this: its output must reach back to the parameters.
+    """
+    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)

@@ -5,8 +5,6 @@ It is built from source and never required: where it is missing, torch's own fla
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +25,7 @@ class Availability:
 def has_flash_attn() -> Availability:
     """Import flash-attn once and say what came of it."""
     try:
-        library = import_module("flash_attn")
+        import flash_attn
     except ModuleNotFoundError as error:
         if error.name == "flash_attn":
             return Availability(False, "flash-attn is not installed (pip install flash-attn)")
@@ -35,9 +33,10 @@ def has_flash_attn() -> Availability:
     except (ImportError, OSError) as error:
         # A build for another torch or CUDA fails to load its symbols.
         return Availability(False, f"flash-attn is installed but fails to import: {error}")
-    if not hasattr(library, "flash_attn_varlen_func"):
+    if not hasattr(flash_attn, "flash_attn_varlen_func"):
         return Availability(False, "flash-attn has no flash_attn_varlen_func; version 2 has")
-    return Availability(True, f"flash-attn {getattr(library, '__version__', 'of unknown version')}")
+    version = getattr(flash_attn, "__version__", "of unknown version")
+    return Availability(True, f"flash-attn {version}")
 
 
 def flash_attn_attention(
@@ -56,8 +55,9 @@ def flash_attn_attention(
     availability = has_flash_attn()
     if not availability:
         raise RuntimeError(availability.reason)
-    kernel: Any = import_module("flash_attn").flash_attn_varlen_func
-    return kernel(  # type: ignore[no-any-return]
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(  # type: ignore[no-any-return]
         query,
         key,
         value,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from parallel.attention.documents import CuSeqlens, document_ranges
+from parallel.attention.documents import CuSeqlens, document_ranges, zeros_in_graph
 from parallel.attention.flash_attn_door import flash_attn_attention, has_flash_attn
 from parallel.attention.per_document import per_document_attention
 from parallel.attention.reference import reference_attention
@@ -143,7 +143,7 @@ def _sdpa_attention(
         )
         outputs.append(output.squeeze(0).transpose(0, 1))
     padding = query[ranges[-1][1] if ranges else 0 :]
-    return torch.cat([*outputs, torch.zeros_like(padding)])
+    return torch.cat([*outputs, zeros_in_graph(padding)])
 
 
 def _device_flash(
@@ -168,8 +168,7 @@ def _device_flash(
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=query.device)
     bounds = cu_seqlens.to(device=query.device, dtype=torch.int32)
     if bounds.numel() < 2 or num_document_tokens == 0:
-        # Zero, and still part of the graph.
-        return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0)
+        return zeros_in_graph(query)
     attention = flash_attn_attention if kernel == "flash_attn" else torch_flash_attention
     outside = None
     if num_document_tokens is None:

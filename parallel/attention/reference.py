@@ -13,7 +13,7 @@ keys need to be merged, so it is part of the definition.
 import torch
 from torch import Tensor
 
-from parallel.attention.documents import CuSeqlens, document_ranges
+from parallel.attention.documents import CuSeqlens, document_ranges, zeros_in_graph
 
 
 def reference_attention(
@@ -44,7 +44,7 @@ def reference_attention(
         outputs.append(output)
         log_sum_exps.append(log_sum_exp)
         position = end
-    outputs.append(torch.zeros_like(query[position:]))
+    outputs.append(zeros_in_graph(query[position:]))
     log_sum_exps.append(query.new_full((num_heads, num_tokens - position), -torch.inf))
     return torch.cat(outputs), torch.cat(log_sum_exps, dim=1)
 

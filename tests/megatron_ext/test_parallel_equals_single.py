@@ -43,7 +43,7 @@ LAYOUTS = {
     "recompute full": (1, {"recompute_granularity": "full"}),
     "recompute selective": (
         1,
-        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     ),
 }
 
