@@ -152,6 +152,8 @@ class ParallelConfig(Section):
     """ZeRO-1: optimizer state spread over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    ddp_bucket_size: int | None = Field(None, ge=1)
+    """Elements of a gradient bucket with overlap_grad_reduce; by default megatron's choice."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """selective recomputes the modules named below; full recomputes whole layers."""
     recompute_modules: list[Literal["core_attn", "mlp"]] = Field(

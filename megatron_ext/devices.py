@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import resource
 import sys
@@ -38,6 +40,16 @@ class RunDevice:
         """Wait for the device, so that a clock tells the truth."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+    def release_memory(self) -> None:
+        """Give freed host memory back to the system, on a CPU rank with glibc.
+
+        Micro-batches of ever different lengths leave holes in the heap; without this a rank's
+        resident memory doubles within a hundred steps.
+        """
+        if not self.is_cuda and sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

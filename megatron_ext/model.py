@@ -214,6 +214,7 @@ def wrap_data_parallel(chunks: list[GPTModel], config: Config) -> list[Distribut
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
         check_for_nan_in_grad=False,
     )
     return [

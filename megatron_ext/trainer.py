@@ -34,6 +34,10 @@ from parallel.plan.flops import model_flops
 from parallel.plan.predict import predict
 
 
+# Trimming the heap costs page faults in the step after it; not trimming costs memory.
+_RELEASE_MEMORY_INTERVAL = 8
+
+
 class NonFiniteError(UserError):
     """Training produced a loss or gradient that is not finite; nothing of it was kept."""
 
@@ -56,9 +60,12 @@ def train(run: Run) -> int:
     try:
         while run.step < config.train.train_iters and reason is None:
             record = train_step(run)
+            if run.step % _RELEASE_MEMORY_INTERVAL == 0:
+                run.device.release_memory()
             is_last = run.step == config.train.train_iters
             if is_last or _is_due(run.step, config.train.eval_interval):
                 record |= validate(run)
+                run.device.release_memory()
             reason = _agreed(run, record, stop)
             for sink in sinks:
                 sink.write(record)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from megatron_ext.errors import UserError
 
+KEPT_UNITS = "Finished work is kept: make room, then run the same command again"
 COPY_BYTES = 8 * 1024**2
 # No space, quota reached, or a file larger than the file system or `ulimit -f` allows.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.bad_records import gather_bad_records, write_bad_records
-from megatron_ext.data.disk import explain_full_disk, sync_folder, write_json
+from megatron_ext.data.disk import KEPT_UNITS, explain_full_disk, sync_folder, write_json
 from megatron_ext.data.inputs import Listing, list_inputs
 from megatron_ext.data.merge import UnitStore, merge_units
 from megatron_ext.data.sample import train_tokenizer
 from megatron_ext.data.settings import PrepareSettings
 from megatron_ext.data.tokenise import tokenise_units
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
-from megatron_ext.data.unit_writer import KEPT_UNITS
 from megatron_ext.data.units import Unit, cut_into_units
 from megatron_ext.data.workplace import (
     BAD_RECORDS_FILE,
@@ -104,21 +102,33 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = True) -> Prepare
     units = cut_into_units(listing, unit_bytes=unit_bytes, text_key=settings.text_key)
     name = given.fingerprint if given else settings.training_name()
     manifest = make_manifest(settings, listing, tokenizer=name, unit_bytes=unit_bytes)
-    resumed = 0
+    num_resumed_bytes = peak_worker_bytes = 0
     with Workplace(settings.output) as place, explain_full_disk(settings.output, KEPT_UNITS):
         metadata = None if settings.overwrite else find_finished(settings.output, manifest)
         already = metadata is not None
         if metadata is None:
             place.begin(manifest, overwrite=settings.overwrite)
-            tokenizer = _ensure_tokenizer(settings, place, units, given, show=show_progress)
-            summaries, resumed = tokenise_units(settings, place, units, show=show_progress)
-            store = UnitStore(
-                units, summaries, place.units_folder, tokenizer.dtype(), tokenizer.eod
-            )
+            tokenizer, peak = _ensure_tokenizer(settings, place, units, given, show=show_progress)
+            done = tokenise_units(settings, place, units, show=show_progress)
+            num_resumed_bytes = done.num_resumed_bytes
+            peak_worker_bytes = max(peak, done.peak_worker_bytes)
+            dtype, eod = tokenizer.dtype(), tokenizer.eod
+            store = UnitStore(units, done.summaries, place.units_folder, dtype, eod)
             metadata = _publish(settings, place, store, tokenizer, manifest, listing)
         place.remove_work()
-    seconds = time.monotonic() - started
-    return _report(settings, metadata, already=already, resumed=resumed, seconds=seconds)
+    return PrepareReport(
+        output=settings.output,
+        train=_split_counts(metadata, "train"),
+        validation=_split_counts(metadata, "validation"),
+        vocab_size=metadata["tokenizer"]["vocab_size"],
+        counts=metadata["counts"],
+        notes=tuple(metadata["notes"]),
+        already_prepared=already,
+        num_input_bytes=listing.num_bytes,
+        num_resumed_bytes=num_resumed_bytes,
+        seconds=time.monotonic() - started,
+        peak_worker_bytes=peak_worker_bytes,
+    )
 
 
 def _ensure_tokenizer(
@@ -128,17 +138,22 @@ def _ensure_tokenizer(
     given: Tokenizer | None,
     *,
     show: bool,
-) -> Tokenizer:
-    """The tokenizer in the output folder, put there if this run is the first."""
+) -> tuple[Tokenizer, int]:
+    """The tokenizer in the output folder, put there if this run is the first.
+
+    Returns:
+        The tokenizer, and the peak memory of the process that trained it, in bytes.
+    """
     folder = place.tokenizer_folder
+    peak_bytes = 0
     if not folder.exists():
         temporary = place.folder / "tokenizer.tmp"
         if given is None:
-            train_tokenizer(settings, units, temporary, show=show)
+            peak_bytes = train_tokenizer(settings, units, temporary, show=show)
         else:
             given.save(temporary)
         os.replace(temporary, folder)
-    return load_tokenizer(folder)
+    return load_tokenizer(folder), peak_bytes
 
 
 def _publish(
@@ -201,28 +216,6 @@ def _notes(settings: PrepareSettings, tokenizer: Tokenizer, split_note: str) -> 
     return notes
 
 
-def _report(
-    settings: PrepareSettings,
-    metadata: dict[str, Any],
-    *,
-    already: bool,
-    resumed: int,
-    seconds: float,
-) -> PrepareReport:
-    def split(name: str) -> SplitCounts:
-        found = metadata["splits"][name]
-        return SplitCounts(found["num_documents"], found["num_tokens"], found["num_bytes"])
-
-    return PrepareReport(
-        output=settings.output,
-        train=split("train"),
-        validation=split("validation"),
-        vocab_size=metadata["tokenizer"]["vocab_size"],
-        counts=metadata["counts"],
-        notes=tuple(metadata["notes"]),
-        already_prepared=already,
-        num_input_bytes=metadata["input_files"]["num_bytes"],
-        num_resumed_bytes=resumed,
-        seconds=seconds,
-        peak_worker_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-    )
+def _split_counts(metadata: dict[str, Any], split: str) -> SplitCounts:
+    found = metadata["splits"][split]
+    return SplitCounts(found["num_documents"], found["num_tokens"], found["num_bytes"])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.disk import KEPT_UNITS, explain_full_disk
 from megatron_ext.data.progress import say
 from megatron_ext.data.records import Event, Piece, read_part
 from megatron_ext.data.settings import PrepareSettings
@@ -58,8 +59,11 @@ class TrainingJob:
 
 def train_tokenizer(
     settings: PrepareSettings, units: Sequence[Unit], folder: Path, *, show: bool
-) -> None:
+) -> int:
     """Train the tokenizer that the settings ask for and save it into a folder.
+
+    Returns:
+        The largest resident memory of the training process, in bytes.
 
     Raises:
         UserError: there is no text to train on.
@@ -88,6 +92,7 @@ def train_tokenizer(
         pool.submit(job)
         while pool.num_busy:
             pool.wait(_POLL_SECONDS)
+    return pool.peak_bytes
 
 
 def _choose_units(units: Sequence[Unit], sample_bytes: int) -> tuple[tuple[Unit, ...], int]:
@@ -99,7 +104,11 @@ def _choose_units(units: Sequence[Unit], sample_bytes: int) -> tuple[tuple[Unit,
 
 
 def _build(_: None) -> Callable[[TrainingJob], int]:
-    return _train
+    def job(training: TrainingJob) -> int:
+        with explain_full_disk(training.folder.parent, KEPT_UNITS):
+            return _train(training)
+
+    return job
 
 
 def _shuffled(unit: Unit) -> bytes:

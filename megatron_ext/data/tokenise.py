@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,13 +26,25 @@ from megatron_ext.errors import UserError
 _POLL_SECONDS = 0.2
 
 
+@dataclass(frozen=True, slots=True)
+class TokenisedUnits:
+    """All units, finished.
+
+    Args:
+        summaries: by unit index.
+        num_resumed_bytes: bytes of input that an earlier run had done.
+        peak_worker_bytes: largest resident memory of one worker of this run.
+    """
+
+    summaries: Mapping[int, UnitSummary]
+    num_resumed_bytes: int
+    peak_worker_bytes: int
+
+
 def tokenise_units(
     settings: PrepareSettings, place: Workplace, units: Sequence[Unit], *, show: bool
-) -> tuple[Mapping[int, UnitSummary], int]:
+) -> TokenisedUnits:
     """Finish all units.
-
-    Returns:
-        Their summaries by index, and the bytes of input that an earlier run had done.
 
     Raises:
         UserError: there are bad records and the policy is to stop, a file changed, the disk is
@@ -42,12 +55,13 @@ def tokenise_units(
     if resumed:
         say(f"going on: {resumed / 1e6:.1f} MB of the input were done before", show=show)
     run.finish(resumed, show=show)
-    return run.summaries, resumed
+    return TokenisedUnits(run.summaries, resumed, run.peak_worker_bytes)
 
 
 class _Run:
     def __init__(self, settings: PrepareSettings, place: Workplace, units: Sequence[Unit]) -> None:
         self.summaries: dict[int, UnitSummary] = {}
+        self.peak_worker_bytes = 0
         self._settings = settings
         self._place = place
         self._units = units
@@ -92,6 +106,7 @@ class _Run:
                     for index in pool.wait(_POLL_SECONDS):
                         self._take_summary(index)
                     progress.update(resumed + int(done.sum()))
+            self.peak_worker_bytes = pool.peak_bytes
         finally:
             progress.close()
 

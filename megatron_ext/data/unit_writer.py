@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.data.disk import explain_full_disk, sync_folder, write_json
+from megatron_ext.data.disk import KEPT_UNITS, explain_full_disk, sync_folder, write_json
 from megatron_ext.data.records import BadRecord, EndOfPart, Piece, Skipped, read_part
 from megatron_ext.data.split import split_hash
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
@@ -34,7 +34,6 @@ RECORDS_FILE = "records"
 BAD_RECORDS_FILE = "bad_records.jsonl"
 SUMMARY_FILE = "summary.json"
 RECORD = np.dtype([("num_tokens", "<i8"), ("num_bytes", "<i8"), ("split_hash", "<u8")])
-KEPT_UNITS = "Finished work is kept: make room, then run the same command again"
 _BATCH_CHARACTERS = 1024 * 1024
 _BATCH_TEXTS = 4096
 

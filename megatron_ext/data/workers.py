@@ -35,7 +35,12 @@ class WorkerPool:
         build: called once in each worker with `setup`; gives the function that does a job.
         setup: what `build` needs; pickled.
         environment: variables to set in the workers before `build`.
+
+    Attributes:
+        peak_bytes: largest resident memory of one worker, known after `close` (0 without /proc).
     """
+
+    peak_bytes = 0
 
     def __init__(
         self,
@@ -99,6 +104,7 @@ class WorkerPool:
     def close(self) -> None:
         """End all workers, at work or not."""
         for worker in self._idle + self._busy:
+            self.peak_bytes = max(self.peak_bytes, worker.peak_bytes())
             worker.end()
         self._idle, self._busy = [], []
 
@@ -130,6 +136,15 @@ class _Worker:
         if kind == "failure":
             raise RuntimeError(f"a worker process failed:\n{value}")
         return value
+
+    def peak_bytes(self) -> int:
+        # Not from getrusage: a new process inherits the peak of the one that started it.
+        try:
+            with open(f"/proc/{self._process.pid}/status", encoding="ascii") as stream:
+                peaks = [line.split()[1] for line in stream if line.startswith("VmHWM:")]
+        except (OSError, UnicodeDecodeError):
+            return 0
+        return int(peaks[0]) * 1024 if peaks else 0
 
     def end(self) -> None:
         self.connection.close()

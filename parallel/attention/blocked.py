@@ -5,23 +5,30 @@ A block of queries sees the keys up to its own end, so the work is the causal tr
 Backward computes the probabilities again from query and key: nothing is saved but the inputs.
 
 Why it exists beside torch's flash kernel for the CPU: that one computes the whole square for
-documents up to 512 tokens and uses small products in its backward. With 4096 tokens of 512-token
-documents, 8 heads of 64, one thread of an AMD EPYC (Zen 4, avx512_bf16), forward + backward took
-103 ms here and 213 ms there in bfloat16, 153 and 208 ms in float32 (torch 2.13, November 2025).
+documents up to 512 tokens and uses small products in its backward. Forward + backward of 4096
+tokens in documents of 512, 8 heads of 64, one thread of an AMD EPYC (Zen 4), torch 2.13, November
+2026: 109 ms here and 237 ms there in bfloat16, 166 and 241 ms in float32.
 
 Scores and probabilities are held in the inputs' precision, as in unfused attention everywhere;
 products, softmax and the sums over blocks are float32 inside.
 
 Grouped-query attention costs no copy of keys: the query heads of one group are more rows of the
 same product. Row r of a block is (head within group, query), group by group.
+
+For bfloat16 torch compiles each new shape of product, for about a millisecond, and real documents
+have all lengths; so the last block is filled up with zeros to a multiple of `BF16_ROWS`. Filled-up
+keys lie behind every real query, which cannot see them; filled-up queries are thrown away, and the
+zeros in their place in the output's gradient add nothing to backward's sums.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 QUERY_BLOCK = 128
+BF16_ROWS = 64
 # About what stays in cache: 2 MiB of bfloat16 scores.
 MAX_SCORES = 1 << 20
 
@@ -46,14 +53,12 @@ def blocked_forward(
     output, query: [length, num_heads, head_dim]; key, value: [length, num_query_groups, head_dim];
     mask: from `causal_mask`.
     """
-    for groups, blocks in _work(query, key):
-        keys = key[:, groups].transpose(0, 1).contiguous()
-        values = value[:, groups].transpose(0, 1)
-        for start, end in blocks:
-            rows = _rows(query[start:end], key, groups)
-            probabilities = _probabilities(rows, keys, start, end, softmax_scale, mask)
-            block = torch.bmm(probabilities, values[:, :end])
-            _write_rows(output[start:end], block, key, groups)
+    for part in _parts(query, key):
+        keys, values = part.rows(key), part.rows(value)
+        for start, end in part.blocks:
+            queries = part.rows(query, start, end)
+            probabilities = _probabilities(queries, keys, start, end, softmax_scale, mask)
+            part.write(output, torch.bmm(probabilities, values[:, :end]), start, end)
 
 
 def blocked_backward(
@@ -73,23 +78,24 @@ def blocked_backward(
     """
     grad_query, grad_key, grad_value = grads
     accumulate_dtype = torch.promote_types(query.dtype, torch.float32)
-    for groups, blocks in _work(query, key):
-        keys, values = (x[:, groups].transpose(0, 1).contiguous() for x in (key, value))
+    for part in _parts(query, key):
+        keys, values = part.rows(key), part.rows(value)
         grad_keys = grad_values = None
         # From the last block to the first: the last one sees every key, so its share is where
         # the sums over blocks begin.
-        for start, end in reversed(blocks):
-            rows = _rows(query[start:end], key, groups)
-            grad_rows = _rows(grad_output[start:end], key, groups)
-            probabilities = _probabilities(rows, keys, start, end, softmax_scale, mask)
+        for start, end in reversed(part.blocks):
+            queries = part.rows(query, start, end)
+            grad_rows = part.rows(grad_output, start, end)
+            probabilities = _probabilities(queries, keys, start, end, softmax_scale, mask)
             grad_probabilities = torch.bmm(grad_rows, values[:, :end].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(
                 grad_probabilities, probabilities, -1, probabilities.dtype
             )
-            block = _scaled_bmm(grad_scores, keys[:, :end], softmax_scale)
-            _write_rows(grad_query[start:end], block, key, groups)
+            part.write(
+                grad_query, _scaled_bmm(grad_scores, keys[:, :end], softmax_scale), start, end
+            )
 
-            share_of_keys = _scaled_bmm(grad_scores.transpose(1, 2), rows, softmax_scale)
+            share_of_keys = _scaled_bmm(grad_scores.transpose(1, 2), queries, softmax_scale)
             share_of_values = torch.bmm(probabilities.transpose(1, 2), grad_rows)
             if grad_keys is None or grad_values is None:
                 grad_keys = share_of_keys.to(accumulate_dtype)
@@ -99,38 +105,60 @@ def blocked_backward(
                 grad_values[:, :end] += share_of_values
         assert grad_keys is not None
         assert grad_values is not None
-        grad_key[:, groups].copy_(grad_keys.transpose(0, 1))
-        grad_value[:, groups].copy_(grad_values.transpose(0, 1))
+        part.write(grad_key, grad_keys)
+        part.write(grad_value, grad_values)
 
 
-def _work(query: Tensor, key: Tensor) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
-    """Slices of the key/value groups, each with its blocks of queries, `MAX_SCORES` at a time."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some key/value groups of one document, and the blocks of its queries."""
+
+    num_groups: int
+    """Of the whole document."""
+    groups: slice
+    blocks: list[tuple[int, int]]
+    """Half-open; the last may reach behind the document's end, into rows filled up with zeros."""
+
+    def rows(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """[groups, heads per group * (end - start), head_dim]: x from start to end, by default all.
+
+        x: [length, heads, head_dim], its heads a multiple of num_groups.
+        """
+        end = self.blocks[-1][1] if end is None else end
+        real = self._by_group(x[start:end])
+        groups, heads_per_group, num_real, head_dim = real.shape
+        rows = x.new_empty((groups, heads_per_group, end - start, head_dim))
+        rows[:, :, :num_real] = real
+        rows[:, :, num_real:] = 0
+        return rows.flatten(1, 2)
+
+    def write(self, x: Tensor, rows: Tensor, start: int = 0, end: int | None = None) -> None:
+        """The inverse of `rows`, into x; what lies behind the document's end is dropped."""
+        end = self.blocks[-1][1] if end is None else end
+        real = self._by_group(x[start:end])
+        by_group = rows.view(*real.shape[:2], end - start, real.shape[3])
+        real.copy_(by_group[:, :, : real.shape[2]])
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """View [length, heads, head_dim] as [groups, heads per group, length, head_dim]."""
+        length, num_heads, head_dim = x.shape
+        split = x.view(length, self.num_groups, num_heads // self.num_groups, head_dim)
+        return split[:, self.groups].permute(1, 2, 0, 3)
+
+
+def _parts(query: Tensor, key: Tensor) -> Iterator[_Part]:
+    """The document in parts of at most `MAX_SCORES` scores a block, and at least one group."""
     length, num_heads, _ = query.shape
     num_groups = key.shape[1]
-    scores_per_group = num_heads // num_groups * min(QUERY_BLOCK, length) * length
-    step = max(1, MAX_SCORES // scores_per_group)
-    blocks = [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+    multiple = BF16_ROWS if query.dtype == torch.bfloat16 else 1
+    filled = -(-length // multiple) * multiple
+    blocks = [(start, min(start + QUERY_BLOCK, filled)) for start in range(0, filled, QUERY_BLOCK)]
+    scores_per_group = num_heads // num_groups * min(QUERY_BLOCK, filled) * filled
+    most = max(1, MAX_SCORES // scores_per_group)
+    # A divisor, so that all parts have the same shapes.
+    step = next(n for n in range(min(most, num_groups), 0, -1) if num_groups % n == 0)
     for first in range(0, num_groups, step):
-        yield slice(first, min(first + step, num_groups)), blocks
-
-
-def _by_group(x: Tensor, key: Tensor, groups: slice) -> Tensor:
-    """View [block, num_heads, head_dim] as [groups, heads_per_group, block, head_dim]."""
-    block, num_heads, head_dim = x.shape
-    num_groups = key.shape[1]
-    split = x.view(block, num_groups, num_heads // num_groups, head_dim)
-    return split[:, groups].permute(1, 2, 0, 3)
-
-
-def _rows(x: Tensor, key: Tensor, groups: slice) -> Tensor:
-    """[block, num_heads, head_dim] to [groups, heads_per_group * block, head_dim]."""
-    return _by_group(x, key, groups).flatten(1, 2)
-
-
-def _write_rows(x: Tensor, rows: Tensor, key: Tensor, groups: slice) -> None:
-    """The inverse of `_rows`, into x."""
-    target = _by_group(x, key, groups)
-    target.copy_(rows.view(target.shape))
+        yield _Part(num_groups, slice(first, first + step), blocks)
 
 
 def _scaled_bmm(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -140,11 +168,11 @@ def _scaled_bmm(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _probabilities(
-    rows: Tensor, keys: Tensor, start: int, end: int, softmax_scale: float, mask: Tensor
+    queries: Tensor, keys: Tensor, start: int, end: int, softmax_scale: float, mask: Tensor
 ) -> Tensor:
-    """softmax of queries start..end against keys 0..end: [groups, heads_per_group * block, end]."""
-    scores = _scaled_bmm(rows, keys[:, :end].transpose(1, 2), softmax_scale)
+    """softmax of queries start..end against keys 0..end: [groups, heads per group * block, end]."""
+    scores = _scaled_bmm(queries, keys[:, :end].transpose(1, 2), softmax_scale)
     block = end - start
-    diagonal = scores.view(rows.shape[0], -1, block, end)[..., start:]
+    diagonal = scores.view(queries.shape[0], -1, block, end)[..., start:]
     diagonal.add_(mask[:block, :block])
     return torch._softmax(scores, -1, False, out=scores)

@@ -35,7 +35,8 @@ LAYOUTS = {
     "DP2+ZeRO-1": (2, ZERO1),
     "DP2+ZeRO-1 overlapped": (
         2,
-        ZERO1 | {"overlap_grad_reduce": True, "overlap_param_gather": True},
+        ZERO1
+        | {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 4000},
     ),
     "TP2xPP2": (4, TP2 | PP2 | PLAIN),
     "TP2+SPxDP2+ZeRO-1": (4, TP2 | SP | ZERO1),

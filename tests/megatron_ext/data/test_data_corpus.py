@@ -74,7 +74,7 @@ def test_damage_is_named(corpus: Path, damage: Callable[[Path], None], message: 
 
 
 def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder.*data prepare --input"):
+    with pytest.raises(UserError, match=r"no such folder.*data prepare --input"):
         Corpus.open(tmp_path / "none")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file, expected the folder"):

@@ -116,10 +116,10 @@ def yardsticks(case: PackedCase, dtype: torch.dtype) -> Yardsticks:
     query, key, value, grad = (x.detach().double() for x in tensors)
     leaves = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), grad)
     exact = results(plain_attention(case), case, leaves)
-    # dS = P (dP - rowsum(P dP)): both terms are as large as dP, however small the difference.
+    # dS = P (dP - rowsum(P dP)): two terms as large as dP are rounded, however small dS is.
     shared = value.detach().repeat_interleave(case.num_heads // case.num_query_groups, dim=1)
-    grad_scores = case.softmax_scale * float((grad * shared).sum(dim=-1).abs().max())
-    on_the_way = [0.0, grad_scores * float(key.abs().max()), grad_scores * float(query.abs().max())]
+    grad_scores = 2 * case.softmax_scale * float((grad * shared).sum(dim=-1).abs().max())
+    on_the_way = [0.0, grad_scores * _largest(key), grad_scores * _largest(query)]
     return Yardsticks(
         plain=results(plain_attention(case), case, tensors),
         exact=exact,
@@ -128,6 +128,10 @@ def yardsticks(case: PackedCase, dtype: torch.dtype) -> Yardsticks:
             for x, scale in zip(exact, (*on_the_way, 0.0), strict=True)
         ],
     )
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.detach().abs().max())
 
 
 def assert_as_good_as_plain(found: list[Tensor], yardsticks: Yardsticks, *, what: str) -> None:

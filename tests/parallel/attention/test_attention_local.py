@@ -2,17 +2,21 @@
 
 import logging
 from collections.abc import Iterator
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from parallel.attention import blocked
+from parallel.attention import blocked, local
 from parallel.attention.attention import varlen_attention
 from parallel.attention.documents import CuSeqlens
 from parallel.attention.flash_attn_door import has_flash_attn
 from parallel.attention.local import Backend, Kernel, choose_kernel
+from parallel.attention.reference import reference_attention
 from parallel.attention.torch_flash import torch_flash_attention
 from parallel.device import cpu_has_bf16_hardware
 from tests.parallel.attention.packed_case import (
@@ -130,7 +134,7 @@ def test_views_of_one_projection_are_taken_as_they_are(backend: Backend) -> None
     """query, key and value as slices of one tensor, and a gradient that is no real memory."""
     groups, heads_per_group, head_dim = 2, 3, 16
     projection = torch.randn(60, groups, heads_per_group + 2, head_dim, requires_grad=True)
-    query, key, value = projection.split((heads_per_group, 1, 1), dim=2)
+    query, key, value = torch.split(projection, [heads_per_group, 1, 1], dim=2)
     case = PackedCase("views", (25, 35), groups * heads_per_group, groups, head_dim)
     attention = _ours(case, backend)
 
@@ -245,6 +249,100 @@ def test_torch_flash_operators_take_our_arguments(head_dim: int) -> None:
     assert output.shape == query.shape
     grads = torch.autograd.grad(output, (query, key, value), torch.empty_like(output))
     assert [grad.shape for grad in grads] == [query.shape, key.shape, value.shape]
+
+
+class _WritesItsDocumentsOnly(torch.autograd.Function):
+    """What the flash kernels of accelerators do: other rows, of gradients too, hold anything."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, cu_seqlens)
+        ctx.scale = scale
+        output, _ = reference_attention(
+            query, key, value, cu_seqlens=cu_seqlens, softmax_scale=scale
+        )
+        output[int(cu_seqlens[-1]) :] = torch.nan
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, cu_seqlens = ctx.saved_tensors
+        leaves = [x.detach().requires_grad_() for x in saved]
+        with torch.enable_grad():
+            output, _ = reference_attention(
+                leaves[0], leaves[1], leaves[2], cu_seqlens=cu_seqlens, softmax_scale=ctx.scale
+            )
+        grads = torch.autograd.grad(output, leaves, grad_output)
+        for grad in grads:
+            grad[int(cu_seqlens[-1]) :] = torch.nan
+        return *grads, None, None
+
+
+@pytest.mark.parametrize("end", ["in integers", "given", "on the device alone"])
+@pytest.mark.parametrize("padding", [0, 9])
+def test_rows_that_device_kernels_leave_are_cleared(
+    padding: int, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clearing around the kernel, with the formula in the kernel's place."""
+
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float, **sizes: Any
+    ) -> Tensor:
+        assert sizes["cu_seqlens"].dtype == torch.int32
+        return _WritesItsDocumentsOnly.apply(  # type: ignore[no-any-return, no-untyped-call]
+            query, key, value, sizes["cu_seqlens"], softmax_scale
+        )
+
+    monkeypatch.setattr(local, "torch_flash_attention", kernel)
+    case = replace(MIXED, padding=padding)
+    bounds = torch.tensor(case.cu_seqlens)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return local._device_flash(
+            query,
+            key,
+            value,
+            cu_seqlens=case.cu_seqlens if end == "in integers" else bounds,
+            max_seqlen=case.max_seqlen,
+            softmax_scale=case.softmax_scale,
+            kernel="torch_flash",
+            num_document_tokens=case.cu_seqlens[-1] if end == "given" else None,
+        )
+
+    tensors = case.tensors(dtype=torch.float32)
+    found = results(attention, case, tensors)
+    expected = results(_ours(case, "reference"), case, tensors)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+        assert not mine[case.cu_seqlens[-1] :].any()
+
+
+@given(
+    lengths=st.lists(st.integers(0, 150), max_size=5),
+    num_query_groups=st.integers(1, 3),
+    heads_per_group=st.integers(1, 3),
+    head_dim=st.integers(1, 9),
+    padding=st.integers(0, 4),
+    backend=st.sampled_from(("auto", "blocked", "sdpa")),
+)
+@settings(max_examples=40)
+def test_any_pack_equals_the_formula_in_float64(
+    lengths: list[int],
+    num_query_groups: int,
+    heads_per_group: int,
+    head_dim: int,
+    padding: int,
+    backend: Backend,
+) -> None:
+    num_heads = num_query_groups * heads_per_group
+    case = PackedCase("any", tuple(lengths), num_heads, num_query_groups, head_dim, padding)
+    tensors = case.tensors(dtype=torch.float64)
+    found = results(_ours(case, backend), case, tensors)
+    expected = results(_ours(case, "reference"), case, tensors)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.gpu

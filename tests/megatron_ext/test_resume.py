@@ -1,0 +1,201 @@
+"""A killed run that is started again equals one that was never killed; any layout may go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree, whole_tensors
+from tests.rank_pool import Ranks
+
+NUM_STEPS = 12
+SAVE_INTERVAL = 3
+COMPARED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "total_tokens")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def write_config(folder: Path, corpus: Path, **sections: dict[str, Any]) -> Path:
+    tree = tiny_tree(
+        corpus,
+        folder / "run",
+        train={
+            "train_iters": NUM_STEPS,
+            "global_batch_tokens": 1024,
+            "eval_interval": 6,
+            "eval_tokens": 2000,
+        },
+        checkpoint={"save_interval": SAVE_INTERVAL, "keep": 2},
+        **sections,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train_command(config: Path, num_ranks: int) -> list[str]:
+    return [sys.executable, "-m", "megatron_ext", "train", str(config), "--ranks", str(num_ranks)]
+
+
+def run(config: Path, num_ranks: int) -> str:
+    done = subprocess.run(
+        train_command(config, num_ranks), capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def metrics(config: Path) -> list[dict[str, Any]]:
+    lines = (config.parent / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of the ranks that a launcher started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def kill_a_rank_after(config: Path, *, step: int, num_ranks: int, delay_seconds: float) -> None:
+    """Start a run and kill -9 one of its ranks some time after it has logged `step`."""
+    path = config.parent / "run" / "metrics.jsonl"
+    with subprocess.Popen(
+        train_command(config, num_ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if path.exists() and len(path.read_text().splitlines()) >= step:
+                break
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        time.sleep(delay_seconds)
+        os.kill(random.choice(ranks_of(process)), signal.SIGKILL)
+        assert process.wait(timeout=60) == 128 + signal.SIGKILL
+
+
+def final_state(tree: dict[str, Any]) -> dict[str, Any]:
+    """Weights, optimizer state and the next sequences of a run folder, read by its own code."""
+    from megatron_ext.optimizer import main_parameter
+    from megatron_ext.resume import resume
+
+    with opened(tree) as run:
+        resume(run)
+        part = run.optimizer.chained_optimizers[0]
+        moments: list[Tensor] = []
+        for chunk in run.chunks:
+            for parameter in chunk.parameters():
+                held = main_parameter(part, parameter)
+                if held is not None:
+                    entry = part.optimizer.state[held[0]]
+                    moments += [held[0].detach().clone(), *(entry[key].clone() for key in sorted(entry))]
+        weights = whole_tensors(run, "weight")
+        refs, lengths = run.data.next_step(1024)
+    return {
+        "weights": weights,
+        "moments": moments,
+        "next": [(ref.corpus, ref.sequence) for ref in refs],
+        "lengths": lengths,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_kill_and_resume_is_bit_equal(
+    ranks: Ranks, corpus: Path, tmp_path: Path, dtype: str
+) -> None:
+    precision = {"dtype": dtype}
+    whole = write_config(tmp_path / "whole", corpus, precision=precision)
+    killed = write_config(tmp_path / "killed", corpus, precision=precision)
+    run(whole, 2)
+    # Anywhere in a step, also while a checkpoint is being written.
+    step = random.randint(1, NUM_STEPS - 3)
+    kill_a_rank_after(killed, step=step, num_ranks=2, delay_seconds=random.uniform(0, 0.2))
+    output = run(killed, 2)
+    assert ("going on after step" if step > SAVE_INTERVAL else "start") in output
+    kept = [[record[key] for key in COMPARED] for record in metrics(killed)]
+    assert kept == [[record[key] for key in COMPARED] for record in metrics(whole)], f"killed at {step}"
+    states = [
+        ranks.run(2, final_state, yaml.safe_load(config.read_text()), megatron=True)
+        for config in (whole, killed)
+    ]
+    for expected, found in zip(*states, strict=True):
+        assert found["next"] == expected["next"]
+        assert found["lengths"] == expected["lengths"]
+        assert all(
+            torch.equal(found["weights"][name], expected["weights"][name])
+            for name in expected["weights"]
+        )
+        assert all(map(torch.equal, found["moments"], expected["moments"]))
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+NO_ZERO = {"use_distributed_optimizer": False}
+# Small buckets, so that the distributed optimizer has several: megatron's own format loses
+# elements then.
+BUCKETS = {"overlap_grad_reduce": True, "ddp_bucket_size": 4000}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, TP2), (2, PP2)),
+        ((2, {}), (1, {})),
+        ((1, {}), (2, TP2 | {"sequence_parallel": True})),
+        ((2, PP2 | {"virtual_pipeline_model_parallel_size": 2}), (2, {})),
+        ((2, NO_ZERO), (1, {})),
+        ((2, BUCKETS), (2, TP2 | NO_ZERO)),
+    ],
+    ids=["TP2-PP2", "DP2-DP1", "1-TP2+SP", "VPP-DP2", "plain-ZeRO", "buckets-TP2"],
+)
+def test_resume_on_another_layout(
+    ranks: Ranks,
+    corpus: Path,
+    tmp_path: Path,
+    before: tuple[int, dict[str, Any]],
+    after: tuple[int, dict[str, Any]],
+) -> None:
+    run_dir = tmp_path / "run"
+    (num_before, parallel_before), (num_after, parallel_after) = before, after
+    first = tiny_tree(corpus, run_dir, parallel=parallel_before)
+    second = tiny_tree(corpus, run_dir, parallel=parallel_after)
+    expected = ranks.run(num_before, train_save_train, first, 4, 3, megatron=True)[0]
+    found = ranks.run(num_after, resume_train, second, 3, megatron=True)
+    for losses in found:
+        for loss, wanted in zip(losses, expected, strict=True):
+            assert abs(loss - wanted) <= 1e-5
+
+
+def train_save_train(tree: dict[str, Any], num_before: int, num_after: int) -> list[float]:
+    """Train, save, train on; the losses after the save."""
+    from megatron_ext.trainer import save, train_step
+
+    with opened(tree) as run:
+        for _ in range(num_before):
+            train_step(run)
+        save(run)
+        return [float(train_step(run)["loss"] or 0.0) for _ in range(num_after)]
+
+
+def resume_train(tree: dict[str, Any], num_steps: int) -> list[float]:
+    from megatron_ext.resume import resume
+    from megatron_ext.trainer import train_step
+
+    with opened(tree) as run:
+        resume(run)
+        return [float(train_step(run)["loss"] or 0.0) for _ in range(num_steps)]
