@@ -11,9 +11,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+RecomputeModule = Literal["core_attn", "mlp"]
+
 
 class Section(BaseModel):
-    """A section of the tree: unknown keys are errors, values keep their type, nothing changes later."""
+    """A section: unknown keys are errors, values keep their type, nothing changes later."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
@@ -99,9 +101,9 @@ class TrainConfig(Section):
 
     train_iters: int = Field(1000, ge=1)
     global_batch_tokens: int | None = Field(None, ge=1)
-    """Tokens of one optimizer step over all ranks. Sequences are whole, so a step has at most this."""
+    """Tokens of one optimizer step over all ranks; at most, for sequences are whole."""
     num_micro_batches: int | None = Field(None, ge=1)
-    """Micro-batches of tokens_per_rank per rank and step; sets global_batch_tokens if that is absent."""
+    """Micro-batches of tokens_per_rank per rank and step; gives global_batch_tokens if unset."""
     seed: int = Field(1234, ge=0)
     eval_interval: int = Field(500, ge=0)
     """Steps between validations; 0 validates only at the end."""
@@ -127,7 +129,7 @@ class OptimConfig(Section):
     """Steps of the last decay of `wsd` and `infinite`; by default a tenth of lr_decay_iters."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
     lr_cooldown_iters: int | None = Field(None, ge=0)
-    """`infinite`: steps of the cosine from lr to constant_lr; by default a tenth of lr_decay_iters."""
+    """`infinite`: steps from lr down to constant_lr; by default a tenth of lr_decay_iters."""
     constant_lr: float | None = Field(None, ge=0)
     """`infinite`: learning rate of the constant part; by default half of lr."""
     weight_decay: float = Field(0.1, ge=0)
@@ -138,6 +140,10 @@ class OptimConfig(Section):
     lion_beta2: float = Field(0.99, ge=0, lt=1)
     clip_grad: float = Field(1.0, ge=0)
     """Largest global L2 norm of the gradient; 0 does not clip."""
+
+
+def _core_attention() -> list[RecomputeModule]:
+    return ["core_attn"]
 
 
 class ParallelConfig(Section):
@@ -156,9 +162,7 @@ class ParallelConfig(Section):
     """Elements of a gradient bucket with overlap_grad_reduce; by default megatron's choice."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """selective recomputes the modules named below; full recomputes whole layers."""
-    recompute_modules: list[Literal["core_attn", "mlp"]] = Field(
-        default_factory=lambda: ["core_attn"]
-    )
+    recompute_modules: list[RecomputeModule] = Field(default_factory=_core_attention)
     recompute_num_layers: int = Field(1, ge=1)
     """full: layers recomputed together."""
 
@@ -183,7 +187,7 @@ class CheckpointConfig(Section):
     keep: int = Field(3, ge=1)
     """Checkpoints that stay; older ones are removed after a newer one is complete."""
     load: str | None = None
-    """Run folder whose newest weights and optimizer state a new run starts from; its steps, schedule
+    """Run folder whose newest weights and optimizer state a new run starts from; steps, schedule
     and data begin anew."""
 
 

@@ -151,7 +151,9 @@ def _schedule_rules(config: Config) -> Iterator[str]:
     if optim.lr_decay_style in ("wsd", "infinite"):
         last = optim.lr_wsd_decay_iters if optim.lr_wsd_decay_iters is not None else end // 10
         cooldown = optim.lr_cooldown_iters if optim.lr_cooldown_iters is not None else end // 10
-        used = optim.lr_warmup_iters + last + (cooldown if optim.lr_decay_style == "infinite" else 0)
+        used = (
+            optim.lr_warmup_iters + last + (cooldown if optim.lr_decay_style == "infinite" else 0)
+        )
         if used > end:
             yield (
                 f"the parts of lr_decay_style={optim.lr_decay_style} take {used} steps, more than "

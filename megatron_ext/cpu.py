@@ -165,7 +165,8 @@ def _own_object(replacement: Any) -> Any:
 
 def is_installed() -> bool:
     """True once `install` has run in this process."""
-    return torch.cuda.Stream is CpuStream
+    stream: object = torch.cuda.Stream
+    return stream is CpuStream
 
 
 def install() -> None:
@@ -176,7 +177,7 @@ def install() -> None:
     """
     if is_installed():
         return
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise RuntimeError(
             "the CPU cannot stand in for CUDA in a process that already uses CUDA: "
             "call megatron_ext.cpu.install() before anything touches the GPU"
@@ -188,8 +189,8 @@ def install() -> None:
         setattr(torch.cuda.nvtx, name, _own_object(_no_op))
     torch.cuda.random.get_rng_state = _own_object(_rng_state)
     torch.cuda.random.set_rng_state = _own_object(_set_rng_state)
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
-    CpuAccelerator().__enter__()
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+    CpuAccelerator().__enter__()  # type: ignore[no-untyped-call]
 
 
 def _not_compiled(function: Any = None, **options: object) -> Any:
@@ -207,7 +208,7 @@ def _import_megatron_without_compiler() -> None:
     torch.compile = _not_compiled  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
-            # It says several times that Transformer Engine and Apex are absent; doctor says it once.
+            # It says several times that Transformer Engine and Apex are absent.
             warnings.simplefilter("ignore")
             from megatron.core.tensor_parallel import random
     finally:

@@ -62,13 +62,13 @@ class RunDevice:
 
 
 def choose_device_type(config: Config) -> str:
-    """"cpu" or "cuda", before any rank touches a device."""
+    """ "cpu" or "cuda", before any rank touches a device."""
     asked = config.launch.device
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
         raise UserError(
-            "launch.device=cuda, but torch sees no GPU here; install a CUDA or ROCm build of torch, "
-            "or use --device cpu"
+            "launch.device=cuda, but torch sees no GPU here; install a CUDA or ROCm build of "
+            "torch, or use --device cpu"
         )
     return "cuda" if asked != "cpu" and has_gpu else "cpu"
 

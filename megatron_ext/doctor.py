@@ -37,7 +37,8 @@ def doctor() -> int:
     """Print the table; the exit code is 1 when something that every run needs is missing."""
     console = Console(highlight=False)
     console.print(
-        f"Python {platform.python_version()} ({sys.executable}), {platform.platform()}", markup=False
+        f"Python {platform.python_version()} ({sys.executable}), {platform.platform()}",
+        markup=False,
     )
     table = Table("package", "version", "without it")
     missing = []

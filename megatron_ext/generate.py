@@ -41,7 +41,11 @@ def generate(
     device: str,
 ) -> int:
     """Print the prompt and its continuation; returns the exit code."""
-    for name, value in (("--tokens", num_tokens), ("--temperature", temperature), ("--top-k", top_k)):
+    for name, value in (
+        ("--tokens", num_tokens),
+        ("--temperature", temperature),
+        ("--top-k", top_k),
+    ):
         if value < 0:
             raise UserError(f"{name} {value}: must not be negative")
     path = find_checkpoint(Path(checkpoint))
@@ -68,4 +72,3 @@ def generate(
             )
     print(text)
     return 0
-

@@ -24,7 +24,7 @@ def _blocks(num_rows: int, vocab_size: int) -> list[slice]:
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup, z_loss_coeff: float
     ) -> tuple[Tensor, Tensor]:
         num_rows, vocab_size = logits.shape
@@ -51,14 +51,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return loss, cross_entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         logits, lse, local, is_local = ctx.saved_tensors
         scale = grad_loss.float()
         # d loss / d logit_j = p_j * (1 + 2 z lse) - [j == label]
         softmax_scale = scale * (1.0 + 2.0 * ctx.z_loss_coeff * lse) if ctx.z_loss_coeff else scale
         grad = torch.empty_like(logits)
         for rows in _blocks(*logits.shape):
-            block = logits[rows].float().sub_(lse[rows, None]).exp_().mul_(softmax_scale[rows, None])
+            block = (
+                logits[rows].float().sub_(lse[rows, None]).exp_().mul_(softmax_scale[rows, None])
+            )
             block.scatter_add_(1, local[rows, None], -(scale[rows] * is_local[rows])[:, None])
             grad[rows] = block
         return grad, None, None, None
@@ -78,4 +80,4 @@ def vocab_parallel_cross_entropy(
     Returns:
         (loss with z-loss, cross entropy alone without gradient), both float32 [num_tokens].
     """
-    return _VocabParallelCrossEntropy.apply(logits, labels, group, z_loss_coeff)  # type: ignore[no-any-return]
+    return _VocabParallelCrossEntropy.apply(logits, labels, group, z_loss_coeff)  # type: ignore[no-any-return, no-untyped-call]

@@ -63,7 +63,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
-            raise UserError(f"{path}: line {number} is not a metrics record: {line[:80]!r}") from None
+            raise UserError(
+                f"{path}: line {number} is not a metrics record: {line[:80]!r}"
+            ) from None
         records.append(record)
     return records
 
@@ -79,15 +81,15 @@ class TensorBoard:
                 "log.tensorboard=true needs the tensorboard package: "
                 "pip install 'megatron-ext[tensorboard]'"
             ) from None
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(self, record: Record) -> None:
         for key, value in record.items():
             if key != "step" and value is not None:
-                self._writer.add_scalar(key, value, record["step"])  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WandB:

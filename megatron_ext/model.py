@@ -44,7 +44,7 @@ from parallel.plan.flops import ModelShape
 
 
 def padded_vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
-    """Rows of the embedding. The same for every tensor-parallel size, so checkpoints move freely."""
+    """Rows of the embedding, the same for every tensor-parallel size."""
     return round_up(model.vocab_size or tokenizer_vocab_size, model.make_vocab_size_divisible_by)
 
 
@@ -171,7 +171,9 @@ def build_model(
     megatron_config = transformer_config(config, dtype=dtype, is_cuda=is_cuda)
     num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     chunks = [
-        _build_chunk(config, megatron_config, vocab_size, vp_stage=stage if num_chunks > 1 else None)
+        _build_chunk(
+            config, megatron_config, vocab_size, vp_stage=stage if num_chunks > 1 else None
+        )
         for stage in range(num_chunks)
     ]
     init_parameters(

@@ -5,6 +5,8 @@ y = x / sqrt(mean(x^2) + eps) * weight, computed in float32 (Zhang and Sennrich 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -14,16 +16,17 @@ class _RMSNormFunction(torch.autograd.Function):
     """Keeps the input and one float32 per row; the normalised tensor is computed again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x32 = x.float()
         # [..., 1] reciprocal root mean square of each row.
         rrms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         rrms = rrms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rrms)
-        return (x32 * rrms).mul_(weight).to(x.dtype)
+        output: Tensor = (x32 * rrms).mul_(weight).to(x.dtype)
+        return output
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rrms = ctx.saved_tensors
         normalised = x.float() * rrms
         grad32 = grad_output.float()
@@ -51,8 +54,8 @@ class RMSNorm(nn.Module):
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         # Ranks see different tokens then, so megatron sums this gradient over the tensor group.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size], any float dtype; same shape and dtype out."""
-        return _RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        return _RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]

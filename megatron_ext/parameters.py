@@ -59,9 +59,7 @@ class ParameterShard:
         if self.dim is None or len(blocks) == 1:
             return blocks[0]
         halves = [block.chunk(self.num_blocks, dim=self.dim) for block in blocks]
-        return torch.cat(
-            [half[i] for i in range(self.num_blocks) for half in halves], dim=self.dim
-        )
+        return torch.cat([half[i] for i in range(self.num_blocks) for half in halves], dim=self.dim)
 
 
 def parameter_shards(chunks: Sequence[nn.Module]) -> Iterator[ParameterShard]:
@@ -82,7 +80,7 @@ def parameter_shards(chunks: Sequence[nn.Module]) -> Iterator[ParameterShard]:
                 ),
                 parameter=parameter,
                 dim=(
-                    int(parameter.partition_dim)
+                    int(getattr(parameter, "partition_dim"))  # noqa: B009
                     if getattr(parameter, "tensor_model_parallel", False)
                     else None
                 ),

@@ -59,9 +59,7 @@ def sample(
         )
         chosen = torch.zeros(1, dtype=torch.int64, device=batch.tokens.device)
         if logits is not None:
-            chosen += _choose(
-                logits[: tokenizer.vocab_size].cpu(), temperature, top_k, generator
-            )
+            chosen += _choose(logits[: tokenizer.vocab_size].cpu(), temperature, top_k, generator)
         if mesh.pipeline_size > 1:
             last = dist.get_global_rank(mesh.pipeline_group, mesh.pipeline_size - 1)
             dist.broadcast(chosen, src=last, group=mesh.pipeline_group)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ class TokenLoss:
         return self.cross_entropy_sum / max(1, self.num_tokens)
 
 
-def connect_gradients(chunks: Sequence[nn.Module]) -> None:
+def connect_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
     """Tell megatron's schedules how gradients are held back, reduced and divided."""
     megatron_config = unwrap(chunks[0]).config
     no_sync = [chunk.no_sync for chunk in chunks]
@@ -151,9 +151,7 @@ def _micro_batch_loss(
     return loss_sum, num_tokens, report
 
 
-def _sum_over_ranks(
-    reports: list[Tensor], batches: Sequence[PackedBatch], mesh: Mesh
-) -> TokenLoss:
+def _sum_over_ranks(reports: list[Tensor], batches: Sequence[PackedBatch], mesh: Mesh) -> TokenLoss:
     device = batches[0].tokens.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     if mesh.is_last_stage:

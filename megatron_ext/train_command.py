@@ -38,6 +38,8 @@ def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None
         _refuse_other_size(num_ranks, info)
         config = check_config(config, world_size=info.world_size)
         if info.source != "local":
+            if info.rank == 0:
+                print(dump_config(config), flush=True)
             _prepare_as_rank(config, info)
         return _run_rank(config, info)
     num_ranks = num_ranks if num_ranks is not None else config.launch.num_ranks
@@ -49,9 +51,7 @@ def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None
         prepare_corpus(corpus)
     if num_ranks == 1:
         return _run_rank(config, info)
-    return run_local(
-        [sys.executable, "-m", "megatron_ext", "train", source, *overrides], num_ranks
-    )
+    return run_local([sys.executable, "-m", "megatron_ext", "train", source, *overrides], num_ranks)
 
 
 def _refuse_other_size(num_ranks: int | None, info: RankInfo) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext import exit_codes
-from megatron_ext.checkpoint import checkpoint
+from megatron_ext.checkpoint import checkpoint, folder
 from megatron_ext.config_file import dump_config
 from megatron_ext.console import TrainConsole
 from megatron_ext.devices import peak_memory_bytes
@@ -28,11 +28,11 @@ from megatron_ext.run import Run
 from megatron_ext.sample import sample
 from megatron_ext.step import TokenLoss, run_micro_batches
 from megatron_ext.stop import StopRequest
+from megatron_ext.summary import summary
 from megatron_ext.training_data import plan_step
 from megatron_ext.validation import validate
 from parallel.plan.flops import model_flops
 from parallel.plan.predict import predict
-
 
 # Trimming the heap costs page faults in the step after it; not trimming costs memory.
 _RELEASE_MEMORY_INTERVAL = 8
@@ -49,6 +49,8 @@ def train(run: Run) -> int:
         `exit_codes.DONE` or `exit_codes.SAVED_AND_STOPPED`.
     """
     config, console = run.config, run.console
+    for line in summary(run):
+        console.say(line)
     resume(run)
     sinks = (
         open_sinks(config.log, run.run_dir, after_step=run.step) if run.mesh.is_first_rank else []
@@ -96,9 +98,7 @@ def train_step(run: Run) -> Record:
     config, began = run.config, time.perf_counter()
     assert config.train.global_batch_tokens is not None
     refs, lengths = run.data.next_step(config.train.global_batch_tokens)
-    plan = plan_step(
-        lengths, config, num_data_ranks=run.mesh.data_size, cost_model=run.cost_model
-    )
+    plan = plan_step(lengths, config, num_data_ranks=run.mesh.data_size, cost_model=run.cost_model)
     batches = run.reader.read(plan, refs, run.data.train)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
@@ -226,4 +226,4 @@ def finish(run: Run) -> None:
     if run.mesh.is_first_rank:
         run.console.say(f"plot        {plot_loss(run.run_dir)}")
         run.console.say(f"metrics     {run.run_dir / 'metrics.jsonl'}")
-        run.console.say(f"checkpoint  {checkpoint.folder.checkpoint_path(run.run_dir, run.step)}")
+        run.console.say(f"checkpoint  {folder.checkpoint_path(run.run_dir, run.step)}")

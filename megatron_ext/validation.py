@@ -35,9 +35,7 @@ def validate(run: Run) -> Record:
         chunk.eval()
     total = 0.0
     num_tokens = 0
-    tokens_per_group = (
-        _MICRO_BATCHES_PER_STEP * run.reader.tokens_per_rank * run.mesh.data_size
-    )
+    tokens_per_group = _MICRO_BATCHES_PER_STEP * run.reader.tokens_per_rank * run.mesh.data_size
     for group_refs, group_lengths in validation_groups(
         refs, lengths, tokens_per_group=tokens_per_group
     ):

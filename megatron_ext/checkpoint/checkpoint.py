@@ -1,7 +1,7 @@
 """Saving and loading a run, all ranks together.
 
-A checkpoint is megatron's `torch_dist` folder (weights, optimizer, random states) with files of
-ours: `train_state.json` (step, data cursor, layout), `config.yaml`, the tokenizer and `manifest.json`.
+A checkpoint is megatron's `torch_dist` folder (weights, optimizer, random states) and beside it
+`train_state.json` (step, data cursor, layout), `config.yaml`, the tokenizer and `manifest.json`.
 """
 
 from __future__ import annotations
@@ -189,7 +189,9 @@ def newest_good_checkpoint(run_dir: Path, mesh: Mesh) -> tuple[Path | None, list
             return path, problems
     if problems:
         raise UserError(
-            "\n".join([*problems, f"no checkpoint of {run_dir} can be loaded; remove them to start over"])
+            "\n".join(
+                [*problems, f"no checkpoint of {run_dir} can be loaded; remove them to start over"]
+            )
         )
     return None, problems
 

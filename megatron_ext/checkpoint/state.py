@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from megatron_ext.mesh import Mesh
 from megatron_ext.model import unwrap
 from megatron_ext.optimizer import STATE_NAMES, main_parameter
 
-Sharded = ShardedTensor | ShardedTensorFactory
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
@@ -220,7 +220,9 @@ def set_rng_state(loaded: dict[str, Tensor]) -> None:
     words = rows["python"].view(torch.int64).tolist()
     random.setstate((3, tuple(words), None))
     numpy_words = rows["numpy"].view(torch.int64).numpy()
-    np.random.set_state(("MT19937", numpy_words[:-1].astype(np.uint32), int(numpy_words[-1]), 0, 0.0))
+    np.random.set_state(
+        ("MT19937", numpy_words[:-1].astype(np.uint32), int(numpy_words[-1]), 0, 0.0)
+    )
     torch.cuda.set_rng_state(rows["device"])
     tracker = get_cuda_rng_tracker()
     tracker.set_states(

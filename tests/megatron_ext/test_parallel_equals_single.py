@@ -26,7 +26,7 @@ SP = {"sequence_parallel": True}
 PLAIN = {"use_distributed_optimizer": False}
 ZERO1 = {"use_distributed_optimizer": True}
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, TP2 | PLAIN),
     "TP2+SP": (2, TP2 | SP | PLAIN),
     "PP2": (2, PP2 | PLAIN),
@@ -61,7 +61,8 @@ def single(ranks: Any, corpus: Path) -> Any:
     @functools.cache
     def report(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
         tree = tiny_tree(corpus, corpus.parent / "single", parallel=PLAIN, model=dict(options))
-        return ranks.run(1, train_and_report, tree, NUM_STEPS, megatron=True)[0]
+        (only,) = ranks.run(1, train_and_report, tree, NUM_STEPS, megatron=True)
+        return dict(only)
 
     return report
 
@@ -85,7 +86,10 @@ def check_equal(reports: list[dict[str, Any]], expected: dict[str, Any]) -> None
         assert grads.keys() == expected["grads"][step].keys()
         # Relative to the whole gradient: single entries may be sums that cancel.
         difference = math.sqrt(
-            sum(float((grads[name] - wanted).square().sum()) for name, wanted in expected["grads"][step].items())
+            sum(
+                float((grads[name] - wanted).square().sum())
+                for name, wanted in expected["grads"][step].items()
+            )
         )
         size = math.sqrt(
             sum(float(wanted.square().sum()) for wanted in expected["grads"][step].values())

@@ -103,7 +103,10 @@ def final_state(tree: dict[str, Any]) -> dict[str, Any]:
                 held = main_parameter(part, parameter)
                 if held is not None:
                     entry = part.optimizer.state[held[0]]
-                    moments += [held[0].detach().clone(), *(entry[key].clone() for key in sorted(entry))]
+                    moments += [
+                        held[0].detach().clone(),
+                        *(entry[key].clone() for key in sorted(entry)),
+                    ]
         weights = whole_tensors(run, "weight")
         refs, lengths = run.data.next_step(1024)
     return {
@@ -128,7 +131,9 @@ def test_kill_and_resume_is_bit_equal(
     output = run(killed, 2)
     assert ("going on after step" if step > SAVE_INTERVAL else "start") in output
     kept = [[record[key] for key in COMPARED] for record in metrics(killed)]
-    assert kept == [[record[key] for key in COMPARED] for record in metrics(whole)], f"killed at {step}"
+    assert kept == [[record[key] for key in COMPARED] for record in metrics(whole)], (
+        f"killed at {step}"
+    )
     states = [
         ranks.run(2, final_state, yaml.safe_load(config.read_text()), megatron=True)
         for config in (whole, killed)

@@ -107,6 +107,7 @@ def whole_tensors(run: Any, which: str) -> dict[str, Tensor]:
             held = main_parameter(run.optimizer.chained_optimizers[0], shard.parameter)
             if held is not None:
                 main, span = held
+                assert main.grad is not None
                 flat[span] = main.grad.detach().float().reshape(-1)
             if hasattr(run.optimizer.chained_optimizers[0], "model_param_group_index_map"):
                 dist.all_reduce(flat, group=mesh.data_group)
@@ -130,11 +131,11 @@ def train_and_report(tree: dict[str, Any], num_steps: int) -> dict[str, Any]:
             grads.append(whole_tensors(run, "grad"))
             return clip_and_step(optimizer, clip_grad=clip_grad)
 
-        trainer.clip_and_step = capture
+        setattr(trainer, "clip_and_step", capture)  # noqa: B010
         try:
             records = [trainer.train_step(run) for _ in range(num_steps)]
         finally:
-            trainer.clip_and_step = clip_and_step
+            setattr(trainer, "clip_and_step", clip_and_step)  # noqa: B010
         weights = whole_tensors(run, "weight")
     return {
         "losses": [record["loss"] for record in records],

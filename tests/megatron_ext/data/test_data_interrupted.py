@@ -260,7 +260,7 @@ def test_ctrl_c_ends_workers_and_keeps_units(tmp_path: Path, source: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_bytes", "tokenizer", "limit_mib"), [(300_000_000, "bytes", 150), (12_000_000, "bpe", 250)]
+    ("num_bytes", "tokenizer", "limit_mib"), [(300_000_000, "bytes", 150), (8_000_000, "bpe", 250)]
 )
 def test_memory_does_not_depend_on_the_input(
     tmp_path: Path, num_bytes: int, tokenizer: str, limit_mib: int

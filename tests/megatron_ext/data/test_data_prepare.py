@@ -40,8 +40,8 @@ def mixed_inputs(root: Path) -> tuple[list[Path], list[str]]:
     (tree / "sub").mkdir(parents=True)
     for i in range(10):
         (tree / "sub" / f"{i}.txt").write_text(texts[i])
-    (tree / "z-large.txt").write_text(make_text(100, 100_000))
-    jsonl = write_jsonl(root / "a.jsonl", [*texts[10:20], make_text(101, 300_000), *texts[20:30]])
+    (tree / "z-large.txt").write_text(make_text(100, 50_000))
+    jsonl = write_jsonl(root / "a.jsonl", [*texts[10:20], make_text(101, 130_000), *texts[20:30]])
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[30:40]).encode()
     (root / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[40:50]).encode()
@@ -49,7 +49,7 @@ def mixed_inputs(root: Path) -> tuple[list[Path], list[str]]:
     table = pyarrow.table({"text": texts[50:]})
     pyarrow.parquet.write_table(table, root / "d.parquet", row_group_size=3)
     expected = [
-        *texts[:10], make_text(100, 100_000), *texts[10:20], make_text(101, 300_000), *texts[20:]
+        *texts[:10], make_text(100, 50_000), *texts[10:20], make_text(101, 130_000), *texts[20:]
     ]  # fmt: skip
     names = ("b.jsonl.gz", "c.jsonl.zst", "d.parquet")
     return [tree, jsonl, *(root / name for name in names)], expected

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.attention import rotary
 from parallel.attention.rotary import apply_rotary, rotary_table
 
 POSITIONS = torch.cat((torch.arange(37), torch.arange(5), torch.arange(120, 140)))
@@ -41,6 +42,20 @@ def test_position_zero_is_left_alone() -> None:
     x = torch.randn(4, 2, 8)
     table = rotary_table(torch.zeros(4, dtype=torch.int64), head_dim=8)
     assert torch.equal(apply_rotary(x, table=table), x)
+
+
+def test_chunks_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(len(POSITIONS), 3, 16)
+    table = rotary_table(POSITIONS, head_dim=16, rotary_percent=0.5)
+    together = apply_rotary(x, table=table)
+    for chunk in (1, 5 * 3 * 8):
+        monkeypatch.setattr(rotary, "CPU_CHUNK", chunk)
+        assert torch.equal(apply_rotary(x, table=table), together)
+
+
+def test_no_tokens() -> None:
+    table = rotary_table(torch.zeros(0, dtype=torch.int64), head_dim=8)
+    assert apply_rotary(torch.zeros(0, 2, 8), table=table).shape == (0, 2, 8)
 
 
 def test_far_positions_keep_their_angle() -> None:
