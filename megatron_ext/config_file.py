@@ -7,9 +7,10 @@ that exists.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -39,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, list | dict):
+            if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(
                     None, None, "a key must be a word", key_node.start_mark
                 )
@@ -51,11 +52,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: a text such as 1e3 gets quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
 
 
 def recipe_names() -> list[str]:
@@ -103,7 +109,7 @@ def check_tree(tree: Mapping[str, Any], *, where: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved tree as YAML, every field present; `load_config` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def _read_source(source: str) -> tuple[str, str]:
@@ -164,11 +170,10 @@ def _child(node: Any, key: str, word: str) -> Any:
 
 
 def _list_index(node: list[Any], key: str, word: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise UserError(
-            f"{word!r}: {key!r} is not an entry of a list of {len(node)}; "
-            f"use 0 to {len(node) - 1}, or give the whole list"
-        )
+    if not (key.isascii() and key.isdigit()) or int(key) >= len(node):
+        known = ", ".join(str(index) for index in range(len(node)))
+        cure = f"use {known}, or give the whole list" if known else "give the whole list"
+        raise UserError(f"{word!r}: {key!r} is not an entry of a list of {len(node)}; {cure}")
     return int(key)
 
 
@@ -189,7 +194,9 @@ def _whole_floats(value: Any, model: Any) -> Any:
     if wanted is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        # One of more than 308 digits stays what it is, and is refused.
+        with contextlib.suppress(OverflowError):
+            return float(value)
     return value
 
 
@@ -211,6 +218,8 @@ def _messages(error: ValidationError) -> Iterator[str]:
             yield f"  {path}: unknown key{_nearest(item['loc'])}"
         elif item["type"] == "missing":
             yield f"  {path}: missing, and it has no default"
+        elif item["type"] == "model_type":
+            yield f"  {path}: expected a section of `key: value` lines, found {item['input']!r}"
         else:
             yield f"  {path}: {item['msg']}, found {item['input']!r}"
 

@@ -48,7 +48,7 @@ def open_corpora(config: Config) -> list[Corpus]:
             raise UserError(
                 f"data.corpora: {entry.path} was prepared with another tokenizer than "
                 f"{config.data.corpora[0].path}; prepare it with "
-                f"--tokenizer {config.data.corpora[0].path}/tokenizer.json"
+                f"--tokenizer {config.data.corpora[0].path}/tokenizer"
             )
     return corpora
 

@@ -92,7 +92,7 @@ def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, *, direction: int) -> Te
     step = x.shape[0]
     if x.device.type == "cpu":
         step = CPU_CHUNK // (x.shape[1] * rotary_dim)
-    parts = (y.split(max(1, step)) for y in (x, cos, signed_sin, turned))
+    parts = (torch.split(y, max(1, step)) for y in (x, cos, signed_sin, turned))
     for part, part_cos, part_sin, target in zip(*parts, strict=True):
         front = part[..., :rotary_dim]
         swapped = front.roll(rotary_dim // 2, dims=-1)
