@@ -21,6 +21,8 @@ def check_config(config: Config, *, world_size: int) -> Config:
     Raises:
         UserError: naming every broken rule with its cure.
     """
+    if world_size < 1:
+        raise UserError(f"--ranks {world_size}: at least 1")
     problems = [
         *_model_rules(config),
         *_parallel_rules(config, world_size),
@@ -89,7 +91,9 @@ def _parallel_rules(config: Config, world_size: int) -> Iterator[str]:
         ("model.ffn_hidden_size", model.ffn_size),
         ("model.make_vocab_size_divisible_by", model.make_vocab_size_divisible_by),
     ):
-        if number % tp:
+        # Query groups that were not set are the heads, and have been told.
+        is_told = name == "model.num_query_groups" and model.num_query_groups is None
+        if number % tp and not is_told:
             yield (
                 f"parallel.tensor_model_parallel_size={tp} does not divide {name}={number}; "
                 f"use one of {_divisors(number)}"
@@ -136,6 +140,15 @@ def _pipeline_rules(config: Config) -> Iterator[str]:
             f"x {chunks} chunks; use a multiple of {stages * chunks} layers, or one of "
             f"{_divisors(num_layers)} stages"
         )
+    elif parallel.recompute_granularity == "full":
+        # megatron asks for layers that do not exist when the last group is not whole.
+        num_local = num_layers // (stages * chunks)
+        if num_local % parallel.recompute_num_layers:
+            yield (
+                f"parallel.recompute_num_layers={parallel.recompute_num_layers} does not divide "
+                f"the {num_local} layers that a rank runs at once; use one of "
+                f"{_divisors(num_local)}"
+            )
 
 
 def _schedule_rules(config: Config) -> Iterator[str]:
@@ -160,10 +173,13 @@ def _schedule_rules(config: Config) -> Iterator[str]:
                 f"the {end} there are; shorten lr_warmup_iters, lr_cooldown_iters or "
                 "lr_wsd_decay_iters"
             )
-    if optim.constant_lr is not None and not optim.min_lr <= optim.constant_lr <= optim.lr:
+    constant = optim.constant_lr
+    if constant is None and optim.lr_decay_style == "infinite":
+        constant = optim.lr / 2
+    if constant is not None and not optim.min_lr <= constant <= optim.lr:
         yield (
-            f"optim.constant_lr={optim.constant_lr} must lie between min_lr={optim.min_lr} and "
-            f"lr={optim.lr}"
+            f"optim.constant_lr={constant} (by default half of lr) must lie between "
+            f"min_lr={optim.min_lr} and lr={optim.lr}"
         )
 
 

@@ -44,7 +44,7 @@ def _stable_then_decay(step: int, optim: OptimConfig, *, end: int) -> float:
             return _between(optim.lr, stable, since_warmup / cooldown, "cosine")
     if step < end - last:
         return stable
-    progress = min(1.0, (step - (end - last)) / max(1, last))
+    progress = min(1.0, (step - (end - last)) / last) if last else 1.0
     return _between(stable, optim.min_lr, progress, optim.lr_wsd_decay_style)
 
 
@@ -58,8 +58,8 @@ def _between(start: float, stop: float, progress: float, style: str) -> float:
         case "minus_sqrt":
             weight = 1.0 - math.sqrt(progress)
         case "exponential":
-            # 0.5^(10 p), shifted so that it ends at 0 (megatron's form).
-            weight = (2.0 * 0.5**progress - 1.0) if progress < 1.0 else 0.0
+            # 0.5^p, stretched so that it ends at 0 (megatron's form).
+            weight = 2.0 * 0.5**progress - 1.0
         case _:
             raise AssertionError(style)
     return stop + (start - stop) * weight

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Rows of one block: a few MiB of float32 stay in cache on a CPU and are little memory on a GPU.
-_BLOCK_BYTES = 8 << 20
+# Float32 of one block of rows: what stays in a CPU's cache; on a GPU enough to fill the device.
+_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 
-def _blocks(num_rows: int, vocab_size: int) -> list[slice]:
-    rows = max(1, _BLOCK_BYTES // (4 * vocab_size))
+def _blocks(logits: Tensor) -> list[slice]:
+    num_rows, vocab_size = logits.shape
+    rows = max(1, _BLOCK_BYTES[logits.device.type] // (4 * vocab_size))
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
@@ -35,7 +36,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
         target = logits.gather(1, local[:, None]).squeeze(1).float() * is_local
         lse = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-        for rows in _blocks(num_rows, vocab_size):
+        for rows in _blocks(logits):
             torch.logsumexp(logits[rows].float(), dim=1, out=lse[rows])
         if tensor_size > 1:
             lses = torch.empty(tensor_size, num_rows, dtype=torch.float32, device=logits.device)
@@ -57,7 +58,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # d loss / d logit_j = p_j * (1 + 2 z lse) - [j == label]
         softmax_scale = scale * (1.0 + 2.0 * ctx.z_loss_coeff * lse) if ctx.z_loss_coeff else scale
         grad = torch.empty_like(logits)
-        for rows in _blocks(*logits.shape):
+        for rows in _blocks(logits):
             block = (
                 logits[rows].float().sub_(lse[rows, None]).exp_().mul_(softmax_scale[rows, None])
             )

@@ -105,7 +105,7 @@ class WandB:
         self._run = wandb.init(project=project, dir=str(run_dir), name=run_dir.name, resume="allow")
 
     def write(self, record: Record) -> None:
-        self._run.log(record, step=record["step"])
+        self._run.log(record, step=int(record["step"] or 0))
 
     def close(self) -> None:
         self._run.finish()

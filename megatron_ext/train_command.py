@@ -6,6 +6,7 @@ nothing and is told once.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from megatron_ext.launch.local import run_local
 from megatron_ext.launch.ranks import RankInfo, discover
 
 _WAIT_SECONDS = 1.0
+# A node of eight GPUs, or a layout tried out on a small machine; more is a cluster's work.
+_MOST_LOCAL_RANKS = 16
 
 
 def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None) -> int:
@@ -43,8 +46,7 @@ def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None
             _prepare_as_rank(config, info)
         return _run_rank(config, info)
     num_ranks = num_ranks if num_ranks is not None else config.launch.num_ranks
-    if num_ranks < 1:
-        raise UserError(f"--ranks {num_ranks}: at least 1")
+    _refuse_too_many(num_ranks)
     config = check_config(config, world_size=num_ranks)
     print(dump_config(config), flush=True)
     for corpus in config.data.corpora:
@@ -52,6 +54,15 @@ def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None
     if num_ranks == 1:
         return _run_rank(config, info)
     return run_local([sys.executable, "-m", "megatron_ext", "train", source, *overrides], num_ranks)
+
+
+def _refuse_too_many(num_ranks: int) -> None:
+    most = max(_MOST_LOCAL_RANKS, os.cpu_count() or 1)
+    if num_ranks > most:
+        raise UserError(
+            f"{num_ranks} ranks cannot be started on this machine, at most {most} can: set --ranks "
+            "or launch.num_ranks, or start the ranks with torchrun or srun"
+        )
 
 
 def _refuse_other_size(num_ranks: int | None, info: RankInfo) -> None:

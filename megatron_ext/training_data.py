@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,11 @@ from megatron_ext.mesh import Mesh
 from parallel.plan.cost import CostModel
 from parallel.plan.packing import plan_packing
 from parallel.plan.records import MicroBatch, StepPlan
+
+
+# Rows are padded to a multiple of this. Each new shape of a matrix product is compiled and kept by
+# the CPU's kernel library, and each new size leaves a hole in the heap.
+_ROW_MULTIPLE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,6 @@ class BatchReader:
 
     mesh: Mesh
     tokens_per_rank: int
-    sequence_parallel: bool
     head_dim: int
     rotary_base: float
     device: torch.device
@@ -128,7 +133,6 @@ class BatchReader:
         return BatchReader(
             mesh=mesh,
             tokens_per_rank=config.data.micro_batch_tokens,
-            sequence_parallel=config.parallel.sequence_parallel,
             head_dim=config.model.head_dim,
             rotary_base=config.model.rotary_base,
             device=device,
@@ -162,8 +166,9 @@ class BatchReader:
 
     def _pack(self, pieces: list[tuple[IntArray, IntArray, int]]) -> PackedBatch:
         used = sum(len(tokens) for tokens, _, _ in pieces)
-        multiple = self.mesh.tensor_size if self.sequence_parallel else 1
-        num_tokens = self.tokens_per_rank if self.is_padded else round_up(max(used, 1), multiple)
+        num_tokens = self.tokens_per_rank
+        if not self.is_padded:
+            num_tokens = round_up(max(used, 1), lcm(_ROW_MULTIPLE, self.mesh.tensor_size))
         return pack(
             pieces,
             num_tokens=num_tokens,
