@@ -27,7 +27,6 @@ from parallel.plan.cost import CostModel
 from parallel.plan.packing import plan_packing
 from parallel.plan.records import MicroBatch, StepPlan
 
-
 # Rows are padded to a multiple of this. Each new shape of a matrix product is compiled and kept by
 # the CPU's kernel library, and each new size leaves a hole in the heap.
 _ROW_MULTIPLE = 128

@@ -19,6 +19,8 @@ import torch
 
 from parallel.device_peaks import DataSheet, data_sheet
 
+_MIN_PRODUCTS = 8
+
 DeviceKind = Literal["cpu", "cuda", "rocm"]
 
 
@@ -81,15 +83,17 @@ def peak_or_measure(dtype: torch.dtype, *, device: torch.device | str | None = N
 def measure_peak_flops(dtype: torch.dtype, *, size: int = 768, budget_seconds: float = 0.2) -> Peak:
     """The best speed of a [size, size] product on the CPU, with the threads torch has now.
 
-    The best and not the mean: other processes can only make it slower. Takes `budget_seconds`
-    and one product.
+    The best and not the mean: other processes can only make it slower. Takes `budget_seconds`, or
+    `_MIN_PRODUCTS` products where a busy machine makes single ones slow.
     """
     left = torch.randn(size, size).to(dtype)
     right = torch.randn(size, size).to(dtype)
     product = torch.mm(left, right)
     best_seconds = float("inf")
     end = time.perf_counter() + budget_seconds
-    while time.perf_counter() < end:
+    num_products = 0
+    while time.perf_counter() < end or num_products < _MIN_PRODUCTS:
+        num_products += 1
         begin = time.perf_counter()
         torch.mm(left, right, out=product)
         best_seconds = min(best_seconds, time.perf_counter() - begin)
