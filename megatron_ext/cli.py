@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-ext", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data_cli.add_arguments(commands)
+    commands.choices["data"].set_defaults(run=data_cli.run)
 
     train = commands.add_parser(
         "train",

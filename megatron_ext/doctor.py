@@ -8,6 +8,7 @@ import sys
 from importlib import metadata, util
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _REQUIRED = (
@@ -50,7 +51,7 @@ def doctor() -> int:
     for name, module, consequence in _OPTIONAL:
         found = util.find_spec(module) is not None
         version = _version(name) if found else None
-        table.add_row(name, version or ("found" if found else "not installed"), consequence)
+        table.add_row(name, version or ("found" if found else "not installed"), escape(consequence))
     for tool, consequence in (
         ("nvcc", "building the CUDA kernels"),
         ("srun", "starting ranks with Slurm"),

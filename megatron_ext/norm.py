@@ -8,7 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.parallel_state import (
+    get_data_parallel_group,
+    get_tensor_model_parallel_group,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 
@@ -55,6 +60,23 @@ class RMSNorm(nn.Module):
         )
         # Ranks see different tokens then, so megatron sums this gradient over the tensor group.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """megatron's attention and MLP ask their parts for this; the weight is whole on each rank."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(  # type: ignore[no-any-return]
+            state,
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=get_tensor_model_parallel_group(),
+            dp_cp_group=get_data_parallel_group(with_context_parallel=True),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size], any float dtype; same shape and dtype out."""

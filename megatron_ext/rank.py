@@ -24,6 +24,11 @@ def choose_accelerator(config: Config) -> torch.device:
     # collectives that it calls are its own affair.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    # Raised inside torch calls that pass through the CPU accelerator, so they carry its name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_ext\.cpu")
+    warnings.filterwarnings(
+        "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf"
+    )
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if device.type == "cpu":
         from megatron_ext import cpu

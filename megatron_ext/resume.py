@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ext.checkpoint import checkpoint, folder
-from megatron_ext.config_file import dump_config
+from megatron_ext.config_file import dump_config, load_config
 from megatron_ext.data.order import Cursor
 from megatron_ext.errors import UserError
 from megatron_ext.run import Run
+
+# Fields of `model` that change training but not the network that was trained.
+_MAY_CHANGE = ("z_loss_coeff", "init_method_std")
 
 
 def resume(run: Run) -> None:
@@ -52,7 +55,7 @@ def _go_on_from(run: Run, found: Path) -> None:
             "log.run_dir, or the old corpora"
         )
     _load(run, found)
-    run.step, run.num_updates, run.tokens = saved.step, saved.num_updates, saved.tokens
+    run.step, run.skipped_steps, run.tokens = saved.step, saved.skipped_steps, saved.tokens
     run.data.order.seek(Cursor.from_dict(saved.cursor))
     layout = "" if saved.layout == run.layout else " (saved on another layout of ranks)"
     run.console.say(
@@ -60,7 +63,33 @@ def _go_on_from(run: Run, found: Path) -> None:
     )
 
 
+def _check_same_model(run: Run, found: Path) -> None:
+    """Refuse weights of another network, even where their shapes would fit.
+
+    Raises:
+        UserError: naming each field of `model` that differs.
+    """
+    saved = load_config(str(found / "config.yaml")).model.model_dump()
+    now = run.config.model.model_dump()
+    different = [
+        f"  model.{name}: {saved[name]} there, {now[name]} here"
+        for name in now
+        if saved[name] != now[name] and name not in _MAY_CHANGE
+    ]
+    if different:
+        raise UserError(
+            "\n".join(
+                [
+                    f"{found}: holds another model:",
+                    *different,
+                    "set these as they were, or use another log.run_dir",
+                ]
+            )
+        )
+
+
 def _load(run: Run, found: Path) -> None:
+    _check_same_model(run, found)
     checkpoint.load_checkpoint(
         found,
         chunks=run.chunks,

@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_ext.checkpoint.checkpoint import TrainState
+from megatron_ext.checkpoint.state import num_updates
 from megatron_ext.config import Config
 from megatron_ext.console import TrainConsole
 from megatron_ext.devices import RunDevice
@@ -45,14 +46,15 @@ class Run:
     cost_model: CostModel
     console: TrainConsole
     step: int = 0
-    num_updates: int = 0
+    skipped_steps: int = 0
     tokens: int = 0
     skipped_in_a_row: int = 0
 
     def state(self) -> TrainState:
         return TrainState(
             step=self.step,
-            num_updates=self.num_updates,
+            num_updates=num_updates(self.optimizer),
+            skipped_steps=self.skipped_steps,
             tokens=self.tokens,
             cursor=self.data.order.cursor.to_dict(),
             data_fingerprint=self.data.fingerprint,

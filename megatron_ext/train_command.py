@@ -23,6 +23,7 @@ from megatron_ext.launch.local import run_local
 from megatron_ext.launch.ranks import RankInfo, discover
 
 _WAIT_SECONDS = 1.0
+_MOST_WAIT_SECONDS = 12 * 3600.0
 # A node of eight GPUs, or a layout tried out on a small machine; more is a cluster's work.
 _MOST_LOCAL_RANKS = 16
 
@@ -108,5 +109,15 @@ def _prepare_as_rank(config: Config, info: RankInfo) -> None:
         if info.rank == 0:
             prepare_corpus(corpus)
         elif corpus.prepare is not None:
-            while not (Path(corpus.path) / "metadata.json").exists():
-                time.sleep(_WAIT_SECONDS)
+            _wait_for(Path(corpus.path))
+
+
+def _wait_for(corpus: Path) -> None:
+    began = time.monotonic()
+    while not (corpus / "metadata.json").exists():
+        if time.monotonic() - began > _MOST_WAIT_SECONDS:
+            raise UserError(
+                f"{corpus}: rank 0 has not prepared it within {_MOST_WAIT_SECONDS / 3600:.0f} "
+                "hours; prepare it before the job with: megatron-ext data prepare"
+            )
+        time.sleep(_WAIT_SECONDS)

@@ -115,10 +115,12 @@ def train_step(run: Run) -> Record:
     grad_norm, is_updated = _update(run, loss)
     run.step += 1
     run.tokens += loss.num_tokens
-    run.num_updates += int(is_updated)
+    run.skipped_steps += int(not is_updated)
     run.device.synchronize()
     return _record(run, loss, lengths, rate, grad_norm, time.perf_counter() - began) | {
-        "plan_efficiency": predict(plan, run.cost_model).efficiency
+        "plan_efficiency": predict(
+            plan, run.cost_model, num_pipeline_stages=run.mesh.pipeline_size
+        ).efficiency
     }
 
 
@@ -164,7 +166,7 @@ def _record(
         "tokens_per_second": loss.num_tokens / seconds,
         "model_tflops": flops_per_device / 1e12,
         "mfu": flops_per_device / run.device.peak_flops,
-        "skipped_steps": run.step - run.num_updates,
+        "skipped_steps": run.skipped_steps,
     }
 
 

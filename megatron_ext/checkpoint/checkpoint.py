@@ -21,6 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.checkpoint import folder, state
 from megatron_ext.checkpoint.metadata_guard import check_metadata
@@ -29,6 +30,10 @@ from megatron_ext.errors import UserError
 from megatron_ext.mesh import Mesh
 
 FORMAT_VERSION = 1
+# torch's is not an Exception, so that nothing catches it by accident; here it is meant.
+_WRITE_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException)
+_READ_ERRORS = (*_WRITE_ERRORS, KeyError, ValueError)
+_FULL_DISK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,9 @@ class TrainState:
     step: int
     """Optimizer steps done."""
     num_updates: int
-    """Steps that changed parameters."""
+    """Updates that the optimizer counts, over all runs that its state went through."""
+    skipped_steps: int
+    """Steps of this run that were not finite and left no trace."""
     tokens: int
     """Unmasked tokens trained on."""
     cursor: dict[str, Any]
@@ -111,10 +118,10 @@ def save_checkpoint(
 @contextmanager
 def _all_agree(run_dir: Path, step: int, mesh: Mesh) -> Iterator[None]:
     """Turn a failure of one rank into the same error on all of them."""
-    problem: Exception | None = None
+    problem: BaseException | None = None
     try:
         yield
-    except (OSError, CheckpointingException, RuntimeError) as error:
+    except _WRITE_ERRORS as error:
         problem = error
     failed = torch.tensor(
         [int(problem is not None)], dtype=torch.int32, device=torch.cuda.current_device()
@@ -127,15 +134,19 @@ def _all_agree(run_dir: Path, step: int, mesh: Mesh) -> Iterator[None]:
     raise SaveError(_save_message(run_dir, step, problem)) from problem
 
 
-def _save_message(run_dir: Path, step: int, problem: Exception | None) -> str:
+def _save_message(run_dir: Path, step: int, problem: BaseException | None) -> str:
     complete = folder.complete_checkpoints(run_dir)
     left = f"the newest complete one is {complete[-1][1]}" if complete else "there is no older one"
+    free = shutil.disk_usage(run_dir).free
     reason = str(problem).strip().splitlines()[-1] if problem else "another rank failed"
-    text = str(problem)
-    if "No space left" in text or getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(run_dir).free
+    # torch's writer hides what the system said behind its own words, so the disk is asked too.
+    if free < _FULL_DISK_BYTES or "No space left" in str(problem) or _is_full(problem):
         reason = f"the disk of {run_dir} is full ({free:,} bytes free)"
     return f"checkpoint of step {step} could not be saved: {reason}; {left}"
+
+
+def _is_full(problem: BaseException | None) -> bool:
+    return getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _gather_digests(target: Path, mesh: Mesh) -> dict[str, dict[str, int | str]]:
@@ -236,7 +247,7 @@ def _load(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
         return dist_checkpointing.load(  # type: ignore[no-any-return]
             tensors, str(checkpoint), validate_access_integrity=False
         )
-    except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError) as error:
+    except _READ_ERRORS as error:
         raise UserError(
             f"{checkpoint}: does not fit this model: {str(error).strip().splitlines()[0]}; "
             "compare its config.yaml with this run's model section"

@@ -67,6 +67,8 @@ def finish(run_dir: Path, step: int) -> Path:
     if final.exists():
         # The same step saved again, e.g. at the end and by a signal.
         shutil.rmtree(final)
+    for file in temporary.iterdir():
+        _fsync(file)
     fsync_dir(temporary)
     temporary.rename(final)
     fsync_dir(final.parent)
@@ -97,6 +99,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync_dir(path: Path) -> None:
+    """Put the names in a folder on disk."""
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     # Some network file systems cannot sync a folder; the rename itself still holds.
     with contextlib.suppress(OSError):

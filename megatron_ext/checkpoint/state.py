@@ -123,20 +123,12 @@ def put_optimizer_state(
 
 
 def num_updates(optimizer: ChainedOptimizer) -> int:
-    """Updates that the optimizer has made; steps that were skipped do not count."""
+    """Updates that Adam has made, for its bias correction; 0 for an optimizer that counts none."""
     for part in optimizer.chained_optimizers:
         for entry in part.optimizer.state.values():
             if "step" in entry:
                 return int(entry["step"])
     return 0
-
-
-def has_main_parameters(chunks: Sequence[nn.Module], optimizer: ChainedOptimizer) -> bool:
-    """Whether float32 copies of lower-precision weights exist."""
-    return any(
-        _has_own_main(part, parameter)
-        for part, parameter, _ in _parts_and_parameters(chunks, optimizer)
-    )
 
 
 def _has_own_main(part: Any, parameter: nn.Parameter) -> bool:

@@ -18,10 +18,17 @@ import yaml
 from torch import Tensor
 
 from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree, whole_tensors
-from tests.rank_pool import Ranks
+from tests.rank_pool import RankError, Ranks
 
 NUM_STEPS = 12
 SAVE_INTERVAL = 3
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+NO_ZERO = {"use_distributed_optimizer": False}
+# Small buckets, so that the distributed optimizer has several: megatron's own format loses
+# elements then.
+BUCKETS = {"overlap_grad_reduce": True, "ddp_bucket_size": 4000}
+
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "total_tokens")
 
 
@@ -148,12 +155,65 @@ def test_kill_and_resume_is_bit_equal(
         assert all(map(torch.equal, found["moments"], expected["moments"]))
 
 
-TP2 = {"tensor_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
-NO_ZERO = {"use_distributed_optimizer": False}
-# Small buckets, so that the distributed optimizer has several: megatron's own format loses
-# elements then.
-BUCKETS = {"overlap_grad_reduce": True, "ddp_bucket_size": 4000}
+def save_in(tree: dict[str, Any]) -> list[float]:
+    return train_save_train(tree, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"norm_position": "reordered"}},
+        {"model": {"untie_embeddings_and_output_weights": False, "qk_layernorm": False}},
+        {"optim": {"optimizer": "lion", "lr": 3e-4}},
+    ],
+    ids=["reordered norm", "tied embeddings", "lion"],
+)
+def test_options_resume_on_another_layout(
+    ranks: Ranks, corpus: Path, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    first = tiny_tree(corpus, tmp_path / "run", parallel=TP2, **sections)
+    second = tiny_tree(corpus, tmp_path / "run", parallel=PP2, **sections)
+    expected = ranks.run(2, save_in, first, megatron=True)[0]
+    for losses in ranks.run(2, resume_train, second, 1, megatron=True):
+        assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_another_model_or_optimizer_is_refused(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
+    ranks.run(1, save_in, tiny_tree(corpus, tmp_path / "run"), megatron=True)
+    for sections, words in (
+        ({"model": {"rotary_base": 500000.0}}, "model.rotary_base: 10000.0 there, 500000.0 here"),
+        ({"model": {"qk_layernorm": False}}, "model.qk_layernorm: True there, False here"),
+        ({"optim": {"optimizer": "lion"}}, "optim.optimizer=adam"),
+    ):
+        tree = tiny_tree(corpus, tmp_path / "run", **sections)
+        with pytest.raises(RankError, match=words):
+            ranks.run(1, resume_train, tree, 1, megatron=True)
+
+
+def start_and_count(tree: dict[str, Any]) -> tuple[int, float]:
+    """Adam's count of updates after one step of a run that starts from another."""
+    from megatron_ext.checkpoint.state import num_updates
+    from megatron_ext.resume import resume
+    from megatron_ext.trainer import train_step
+
+    with opened(tree) as run:
+        resume(run)
+        assert run.step == 0
+        loss = train_step(run)["loss"]
+        return num_updates(run.optimizer), float(loss or 0.0)
+
+
+def test_start_from_another_run(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
+    ranks.run(1, save_in, tiny_tree(corpus, tmp_path / "first"), megatron=True)
+    tree = tiny_tree(
+        corpus,
+        tmp_path / "second",
+        checkpoint={"load": str(tmp_path / "first"), "save_interval": 0},
+    )
+    ((updates, loss),) = ranks.run(1, start_and_count, tree, megatron=True)
+    assert updates == 3
+    (fresh,) = ranks.run(1, resume_train, tiny_tree(corpus, tmp_path / "none"), 1, megatron=True)
+    assert loss < fresh[0]
 
 
 @pytest.mark.parametrize(
