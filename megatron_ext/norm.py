@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """megatron's attention and MLP ask their parts for this; the weight is whole on each rank."""
+        """Asked for by megatron's attention and MLP; the weight is whole on every rank."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(  # type: ignore[no-any-return]
             state,

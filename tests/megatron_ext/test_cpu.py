@@ -15,7 +15,7 @@ def seen_by_megatron() -> dict[str, object]:
 
     cpu.install()
     start, end = cpu.CpuEvent(enable_timing=True), cpu.CpuEvent(enable_timing=True)
-    assert type(torch.cuda.Event()) is cpu.CpuEvent  # type: ignore[no-untyped-call]
+    assert isinstance(torch.cuda.Event(), cpu.CpuEvent)  # type: ignore[no-untyped-call]
     start.record()
     end.record()
     torch.cuda.manual_seed(7)
