@@ -111,7 +111,7 @@ def save_checkpoint(
         if mesh.is_first_rank:
             folder.write_manifest(target, digests)
             folder.finish(run_dir, step)
-            folder.remove_old(run_dir, keep=keep)
+            folder.remove_old(run_dir, keep=keep, newest_step=step)
     return folder.checkpoint_path(run_dir, step)
 
 

@@ -76,10 +76,15 @@ def finish(run_dir: Path, step: int) -> Path:
     return final
 
 
-def remove_old(run_dir: Path, *, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and what dead runs left half-written."""
+def remove_old(run_dir: Path, *, keep: int, newest_step: int) -> list[Path]:
+    """Remove all but `keep` checkpoints up to `newest_step`, and what dead runs left half-written.
+
+    Later ones do not count: a run that went on from an older checkpoint did so because they are
+    damaged, and must not lose a good one for them.
+    """
     removed = []
-    for _, path in complete_checkpoints(run_dir)[:-keep]:
+    good = [path for step, path in complete_checkpoints(run_dir) if step <= newest_step]
+    for path in good[:-keep]:
         shutil.rmtree(path)
         removed.append(path)
     for leftover in checkpoints_dir(run_dir).glob(".iter_*.tmp"):

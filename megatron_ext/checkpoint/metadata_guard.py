@@ -6,6 +6,7 @@ Before they see it, it is read here by an unpickler that knows only the classes 
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def check_metadata(checkpoint: Path) -> None:
     Raises:
         UserError: it is missing, damaged, or would load something else.
     """
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        raise UserError(
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, so torch would run code from checkpoints; "
+            "unset it"
+        )
     path = checkpoint / ".metadata"
     try:
         with path.open("rb") as stream:
