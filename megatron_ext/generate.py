@@ -9,9 +9,7 @@ from megatron_ext.config import ParallelConfig
 from megatron_ext.config_file import load_config
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
-from megatron_ext.launch import process_group
 from megatron_ext.launch.ranks import RankInfo
-from megatron_ext.rank import choose_accelerator
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -60,6 +58,10 @@ def generate(
     info = RankInfo(
         rank=0, world_size=1, local_rank=0, local_world_size=1, source="single", store=None
     )
+    # torch and megatron: only now that there is something to sample from.
+    from megatron_ext.launch import process_group
+    from megatron_ext.rank import choose_accelerator
+
     chosen = choose_accelerator(config)
     with process_group.running(
         info, device=chosen, timeout_seconds=config.launch.timeout_seconds

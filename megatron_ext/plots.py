@@ -38,9 +38,10 @@ def plot_loss(run_dir: Path) -> Path | None:
             f"{validated[-1]['validation_bits_per_byte']:.3f} bits per byte",
             (where[-1], held_out[-1]),
             textcoords="offset points",
-            xytext=(-6, 12),
+            xytext=(0, 28),
             ha="right",
             color="C3",
+            bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": "C3"},
         )
     top.set_ylabel("loss (nats per token)")
     top.set_title(run_dir.name)

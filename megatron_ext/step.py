@@ -47,6 +47,13 @@ def connect_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
         megatron_config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
 
 
+def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Make all weights current where their gathering waits for the next forward pass."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def run_micro_batches(
     chunks: Sequence[nn.Module],
     batches: Sequence[PackedBatch],

@@ -26,7 +26,7 @@ from megatron_ext.plots import plot_loss
 from megatron_ext.resume import resume
 from megatron_ext.run import Run
 from megatron_ext.sample import sample
-from megatron_ext.step import TokenLoss, run_micro_batches
+from megatron_ext.step import TokenLoss, gather_parameters, run_micro_batches
 from megatron_ext.stop import StopRequest
 from megatron_ext.summary import summary
 from megatron_ext.training_data import plan_step
@@ -198,6 +198,7 @@ def _say_validation(console: TrainConsole, record: Record) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of this moment; every rank calls this."""
     began = time.perf_counter()
+    gather_parameters(run.chunks)
     path = checkpoint.save_checkpoint(
         run.run_dir,
         run.state(),

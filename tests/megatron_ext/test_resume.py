@@ -27,7 +27,11 @@ PP2 = {"pipeline_model_parallel_size": 2}
 NO_ZERO = {"use_distributed_optimizer": False}
 # Small buckets, so that the distributed optimizer has several: megatron's own format loses
 # elements then.
-BUCKETS = {"overlap_grad_reduce": True, "ddp_bucket_size": 4000}
+BUCKETS = {
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "ddp_bucket_size": 4000,
+}
 
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "total_tokens")
 
