@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so `--help` answers at once
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from megatron_ext import exit_codes
 from megatron_ext.data import cli as data_cli
 from megatron_ext.errors import UserError
 
+# A disk that is full or may not be written to is the user's to mend, whoever meets it first.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DESCRIPTION = "Pretrain language models on text of any length, from a laptop's CPU to a cluster."
 _OVERRIDES_HELP = "settings to change, e.g. optim.lr=3e-4 data.corpora.0.path=corpus"
 
@@ -85,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `megatron-ext ... | head`: nobody reads on. Keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.FAILED
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

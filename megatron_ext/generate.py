@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from megatron_ext.checkpoint import folder
@@ -44,8 +45,8 @@ def generate(
         ("--temperature", temperature),
         ("--top-k", top_k),
     ):
-        if value < 0:
-            raise UserError(f"{name} {value}: must not be negative")
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} {value}: expected a number from 0 up")
     path = find_checkpoint(Path(checkpoint))
     config = load_config(str(path / "config.yaml"))
     config = config.model_copy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -34,8 +35,17 @@ class JsonLines:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self._stream.write(_line(record))
-        self._stream.flush()
+        try:
+            self._stream.write(_line(record))
+            self._stream.flush()
+        except OSError as error:
+            # Closing would try to write the rest once more, and hide this.
+            with contextlib.suppress(OSError):
+                self._stream.close()
+            raise UserError(
+                f"{self.path}: cannot be written ({error}); make room and run the same command "
+                "again: it goes on from the newest checkpoint"
+            ) from None
 
     def close(self) -> None:
         self._stream.close()
@@ -55,7 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

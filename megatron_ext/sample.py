@@ -77,5 +77,6 @@ def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gen
     if 0 < top_k < logits.numel():
         smallest = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities = torch.softmax(logits / temperature, dim=0)
+    # From the likeliest down, so that no temperature is too small.
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=0)
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -52,6 +52,7 @@ def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None
     print(dump_config(config), flush=True)
     for corpus in config.data.corpora:
         prepare_corpus(corpus)
+    _make_run_dir(config)
     if num_ranks == 1:
         return _run_rank(config, info)
     return run_local([sys.executable, "-m", "megatron_ext", "train", source, *overrides], num_ranks)
@@ -72,6 +73,17 @@ def _refuse_other_size(num_ranks: int | None, info: RankInfo) -> None:
             f"--ranks {num_ranks}: {info.source} has already started {info.world_size} ranks; "
             "leave --ranks out"
         )
+
+
+def _make_run_dir(config: Config) -> None:
+    assert config.log.run_dir is not None
+    try:
+        Path(config.log.run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"log.run_dir={config.log.run_dir}: the folder cannot be made ({error.strerror}); "
+            "name another one"
+        ) from None
 
 
 def _run_rank(config: Config, info: RankInfo) -> int:

