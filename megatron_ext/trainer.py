@@ -81,8 +81,8 @@ def train(run: Run) -> int:
         stop.close()
         for sink in sinks:
             sink.close()
+    stop.clear()
     if reason is not None and saved_step < config.train.train_iters:
-        stop.clear()
         console.say(f"asked to stop by {reason}: saved step {saved_step}; same command to go on")
         return exit_codes.SAVED_AND_STOPPED
     finish(run)

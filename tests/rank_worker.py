@@ -115,6 +115,8 @@ def _joined(call: Call) -> Iterator[None]:
     )
     # Twice the call's time: what hangs shall be found waiting, not already failing.
     with running(info, device=torch.device("cpu"), timeout_seconds=2 * call.timeout_seconds):
+        # A rank that raises and leaves while another still connects would hang that one.
+        torch.distributed.barrier()
         yield
         if torch.distributed.is_initialized():
             torch.distributed.barrier()

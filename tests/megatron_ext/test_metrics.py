@@ -72,7 +72,8 @@ def test_every_step_has_the_keys_of_the_contract(run_dir: Path) -> None:
     for record in records:
         assert set(record) >= KEYS
         assert all(isinstance(record[key], int | float) for key in KEYS), record
-        assert (set(record) >= VALIDATION_KEYS) == (record["step"] in (2, 3, 4, 5))
+        # Step 3 was the last of the first run only, which validated it; that line is gone.
+        assert (set(record) >= VALIDATION_KEYS) == (record["step"] in (2, 4, 5))
     for record in records:
         assert 0 < record["tokens"] <= 1024
         assert record["peak_memory_bytes"] > 100e6
