@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -58,12 +59,21 @@ class PackedCoreAttention(nn.Module):
             query,
             key,
             value,
-            # A CPU loops over the documents; a GPU must not wait for the host to read borders.
-            cu_seqlens=documents.cu_seqlens_q if query.is_cuda else documents.cu_seqlens,
+            # Flash kernels read the borders on the device; what loops over the documents (a CPU,
+            # and float32 anywhere) must not wait for a copy to the host.
+            cu_seqlens=(
+                documents.cu_seqlens_q
+                if query.is_cuda and query.dtype != torch.float32
+                else documents.cu_seqlens
+            ),
             max_seqlen=documents.max_seqlen,
             softmax_scale=self.softmax_scale,
             num_document_tokens=documents.cu_seqlens[-1],
         )
+        if documents.max_seqlen == 0:
+            # An empty micro-batch: every weight gets its (zero) gradient, or the reduction of
+            # gradients would wait for it.
+            output = output + 0.0 * (key.sum() + value.sum())
         return output.reshape(output.shape[0], -1)
 
 

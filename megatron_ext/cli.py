@@ -112,7 +112,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     return train(
         arguments.source,
-        _with_device(arguments.overrides, arguments.device),
+        _with_options(arguments.overrides, arguments.device, arguments.ranks),
         num_ranks=arguments.ranks,
     )
 
@@ -145,5 +145,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor()
 
 
-def _with_device(overrides: list[str], device: str | None) -> list[str]:
-    return overrides if device is None else [*overrides, f"launch.device={device}"]
+def _with_options(overrides: list[str], device: str | None, num_ranks: int | None) -> list[str]:
+    """Options that stand for a setting, as that setting: so they are printed and saved too."""
+    words = list(overrides)
+    if device is not None:
+        words.append(f"launch.device={device}")
+    if num_ranks is not None and num_ranks > 0:
+        words.append(f"launch.num_ranks={num_ranks}")
+    return words

@@ -35,13 +35,14 @@ class Mesh:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def start_mesh(parallel: ParallelConfig, *, seed: int) -> Mesh:
+def start_mesh(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -> Mesh:
     """Build megatron's process groups over the running default group and seed its random states."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_seconds / 60.0,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Mesh(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -112,7 +113,11 @@ class WandB:
             raise UserError(
                 "log.wandb_project needs the wandb package: pip install 'megatron-ext[wandb]'"
             ) from None
-        self._run = wandb.init(project=project, dir=str(run_dir), name=run_dir.name, resume="allow")
+        # The same folder is the same W&B run, however often it is resumed.
+        run_id = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=8).hexdigest()
+        self._run = wandb.init(
+            project=project, dir=str(run_dir), name=run_dir.name, id=run_id, resume="allow"
+        )
 
     def write(self, record: Record) -> None:
         self._run.log(record, step=int(record["step"] or 0))

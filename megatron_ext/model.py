@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from megatron_ext.attention import PackedCoreAttention, ReorderedNormSelfAttention
 from megatron_ext.batch import round_up
 from megatron_ext.config import Config, ModelConfig
+from megatron_ext.errors import UserError
 from megatron_ext.mesh import Mesh
 from megatron_ext.mlp import ReorderedNormMLP, SwiGLUMLP
 from megatron_ext.norm import RMSNorm
@@ -44,7 +45,16 @@ from parallel.plan.flops import ModelShape
 
 
 def padded_vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
-    """Rows of the embedding, the same for every tensor-parallel size."""
+    """Rows of the embedding, the same for every tensor-parallel size.
+
+    Raises:
+        UserError: the tokenizer has ids beyond `model.vocab_size`.
+    """
+    if model.vocab_size is not None and model.vocab_size < tokenizer_vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is less than the tokenizer's "
+            f"{tokenizer_vocab_size}; leave it unset, or use at least that"
+        )
     return round_up(model.vocab_size or tokenizer_vocab_size, model.make_vocab_size_divisible_by)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_ext.checkpoint import checkpoint, folder
 from megatron_ext.config_file import dump_config, load_config
 from megatron_ext.data.order import Cursor
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.run import Run
 
@@ -90,6 +91,11 @@ def _check_same_model(run: Run, found: Path) -> None:
 
 def _load(run: Run, found: Path) -> None:
     _check_same_model(run, found)
+    if load_tokenizer(found).fingerprint != run.data.tokenizer.fingerprint:
+        raise UserError(
+            f"{found}: was trained with another tokenizer than data.corpora was prepared with; "
+            f"prepare the text with: megatron-ext data prepare --tokenizer {found} ..."
+        )
     checkpoint.load_checkpoint(
         found,
         chunks=run.chunks,

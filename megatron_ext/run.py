@@ -83,7 +83,11 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
     Args:
         config: checked and filled in (`config_check.check_config`).
     """
-    mesh = start_mesh(config.parallel, seed=config.train.seed)
+    mesh = start_mesh(
+        config.parallel,
+        seed=config.train.seed,
+        timeout_seconds=config.launch.timeout_seconds,
+    )
     try:
         data = TrainingData(config, open_corpora(config))
         vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)

@@ -104,8 +104,10 @@ def run_logits(
         )
         return output, lambda logits, non_loss_data=True: logits[0, row].float()
 
+    # Interleaved stages take no fewer micro-batches than there are stages.
+    batches = [batch] * (mesh.pipeline_size if len(chunks) > 1 else 1)
     rows = _run_schedule(
-        chunks, [batch], forward_step, num_tokens, forward_only=True, collect_non_loss_data=True
+        chunks, batches, forward_step, num_tokens, forward_only=True, collect_non_loss_data=True
     )
     if not mesh.is_last_stage:
         return None

@@ -97,10 +97,28 @@ def prepare_corpus(corpus: CorpusConfig) -> None:
     """Prepare a corpus on first use, if the configuration says how."""
     path = Path(corpus.path)
     if corpus.prepare is None or (path / "metadata.json").exists():
-        Corpus.open(path)
+        opened = Corpus.open(path)
+        if corpus.prepare is not None:
+            _refuse_other_preparation(opened, corpus.prepare)
         return
     print(f"preparing {path} (once)", flush=True)
     prepare(_settings(corpus.prepare, path))
+
+
+def _refuse_other_preparation(corpus: Corpus, options: PrepareConfig) -> None:
+    """The corpus is there, but was it made as the configuration says now?"""
+    made = dict(corpus.metadata["settings"])
+    # "train:4096 on N bytes": how much text is not the configuration's to say.
+    made["tokenizer"] = str(made.get("tokenizer")).partition(" on ")[0]
+    for name in ("text_key", "validation_fraction", "include", "tokenizer"):
+        wanted = getattr(options, name)
+        if name == "tokenizer" and not wanted.startswith("train:"):
+            continue
+        if made.get(name) != wanted:
+            raise UserError(
+                f"{corpus.path}: was prepared with {name} {made.get(name)!r}, the configuration "
+                f"says {wanted!r}; remove the folder to prepare it anew, or name another path"
+            )
 
 
 def _settings(options: PrepareConfig, output: Path) -> PrepareSettings:

@@ -215,6 +215,7 @@ def save(run: Run) -> None:
 def finish(run: Run) -> None:
     """The last words of a run: a sample, where things are."""
     log = run.config.log
+    plot = plot_loss(run.run_dir) if run.mesh.is_first_rank else None
     if log.sample_prompt is not None:
         text = sample(
             run.chunks,
@@ -227,6 +228,6 @@ def finish(run: Run) -> None:
         )
         run.console.say(f"\nsample:\n{text}\n")
     if run.mesh.is_first_rank:
-        run.console.say(f"plot        {plot_loss(run.run_dir)}")
+        run.console.say(f"plot        {plot}")
         run.console.say(f"metrics     {run.run_dir / 'metrics.jsonl'}")
         run.console.say(f"checkpoint  {folder.checkpoint_path(run.run_dir, run.step)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import queue
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -60,9 +62,15 @@ class TrainState:
     def read(checkpoint: Path) -> TrainState:
         path = checkpoint / "train_state.json"
         try:
-            return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+            saved = TrainState(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read as the state of a run ({error})") from None
+        if saved.format_version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {saved.format_version}, this program reads "
+                f"{FORMAT_VERSION}; load it with the version of megatron-ext that wrote it"
+            )
+        return saved
 
 
 class SaveError(UserError):
@@ -97,8 +105,7 @@ def save_checkpoint(
         ),
         "rng": state.rng_state(mesh),
     }
-    with _all_agree(run_dir, step, mesh):
-        dist_checkpointing.save(tensors, str(target))
+    _write_tensors(run_dir, step, tensors, mesh)
     with _all_agree(run_dir, step, mesh):
         if mesh.is_first_rank:
             (target / "train_state.json").write_text(
@@ -106,13 +113,33 @@ def save_checkpoint(
             )
             (target / "config.yaml").write_text(config_yaml, encoding="utf-8")
             tokenizer.save(target)
-    digests = _gather_digests(target, mesh)
+    digests = _gather_digests(run_dir, step, mesh)
     with _all_agree(run_dir, step, mesh):
         if mesh.is_first_rank:
             folder.write_manifest(target, digests)
             folder.finish(run_dir, step)
-            folder.remove_old(run_dir, keep=keep, newest_step=step)
+    if mesh.is_first_rank:
+        folder.remove_old(run_dir, keep=keep, newest_step=step)
     return folder.checkpoint_path(run_dir, step)
+
+
+def _write_tensors(run_dir: Path, step: int, tensors: dict[str, Any], mesh: Mesh) -> None:
+    """megatron's collective save.
+
+    A shard that cannot be written is told to all ranks by megatron itself (`CheckpointException`).
+    What rank 0 writes alone is not: then the others wait inside megatron, nothing can be agreed
+    on, and this rank says why and leaves, which ends the others.
+    """
+    # Saving here is synchronous, so results need no process to keep the queue: megatron would
+    # start one per rank that imports torch and outlives a killed rank.
+    filesystem_async._results_queue = queue.Queue()
+    target = folder.temporary_path(run_dir, step)
+    try:
+        dist_checkpointing.save(tensors, str(target))
+    except _WRITE_ERRORS as problem:
+        if mesh.is_first_rank:
+            shutil.rmtree(target, ignore_errors=True)
+        raise SaveError(_save_message(run_dir, step, problem)) from problem
 
 
 @contextmanager
@@ -149,11 +176,18 @@ def _is_full(problem: BaseException | None) -> bool:
     return getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _gather_digests(target: Path, mesh: Mesh) -> dict[str, dict[str, int | str]]:
+def _gather_digests(run_dir: Path, step: int, mesh: Mesh) -> dict[str, dict[str, int | str]]:
     """Checksums of all files; each rank reads the ones at its place in the sorted list."""
+    target = folder.temporary_path(run_dir, step)
     dist.barrier()
-    names = sorted(path.name for path in target.iterdir())
-    own = {name: folder.file_digest(target / name) for name in names[mesh.rank :: mesh.world_size]}
+    # One rank's listing: on a network file system the others may not see all names yet.
+    listed = sorted(path.name for path in target.iterdir()) if mesh.is_first_rank else []
+    names: list[str] = _gather_json(listed, mesh)[0]
+    own: dict[str, dict[str, int | str]] = {}
+    with _all_agree(run_dir, step, mesh):
+        own = {
+            name: folder.file_digest(target / name) for name in names[mesh.rank :: mesh.world_size]
+        }
     parts = _gather_json(own, mesh)
     return dict(sorted((name, digest) for part in parts for name, digest in part.items()))
 

@@ -85,7 +85,8 @@ def remove_old(run_dir: Path, *, keep: int, newest_step: int) -> list[Path]:
     removed = []
     good = [path for step, path in complete_checkpoints(run_dir) if step <= newest_step]
     for path in good[:-keep]:
-        shutil.rmtree(path)
+        # The newest is safe already; what cannot be removed is no reason to end a run.
+        shutil.rmtree(path, ignore_errors=True)
         removed.append(path)
     for leftover in checkpoints_dir(run_dir).glob(".iter_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -105,15 +106,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 def fsync_dir(path: Path) -> None:
     """Put the names in a folder on disk."""
-    _fsync(path)
+    # Some network file systems cannot sync a folder; the rename itself still holds.
+    with contextlib.suppress(OSError):
+        _fsync(path)
 
 
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    # Some network file systems cannot sync a folder; the rename itself still holds.
-    with contextlib.suppress(OSError):
+    try:
         os.fsync(descriptor)
-    os.close(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_digest(path: Path) -> dict[str, int | str]:

@@ -109,8 +109,11 @@ def put_optimizer_state(
             continue
         main, span = held
         main_from_file = loaded.get(f"param.{index}")
-        if main_from_file is not None and _has_own_main(part, parameter):
+        if main_from_file is not None:
+            # A float32 run that goes on from a bf16 one takes these too: they are the weights.
             _copy_flat(main, main_from_file, span)
+            if not _has_own_main(part, parameter):
+                _copy_flat(parameter, main_from_file, slice(None))
         entry = part.optimizer.state[main]
         for name in STATE_NAMES[rule]:
             entry[name] = torch.empty_like(main, requires_grad=False)

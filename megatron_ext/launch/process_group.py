@@ -84,13 +84,14 @@ def _stay_on_loopback() -> None:
 
 
 def _device_index(info: RankInfo, num_devices: int) -> int:
-    if num_devices == 1:
+    if num_devices == 1 and (info.source == "srun" or info.local_world_size == 1):
         # The launcher (srun --gpus-per-task=1) shows each rank its own device only.
         return 0
     if info.local_rank >= num_devices:
         raise UserError(
             f"rank {info.rank} is number {info.local_rank} on this machine, which has "
-            f"{num_devices} GPUs; start at most {num_devices} ranks a machine"
+            f"{num_devices} GPU(s); start at most {num_devices} ranks a machine "
+            f"(--ranks {num_devices}), or use --device cpu"
         )
     return info.local_rank
 

@@ -53,7 +53,9 @@ def plan_packing(
     packer = _Packer(lengths, num_ranks, tokens_per_rank, cost_model)
 
     def counts_of(ranks: list[_Rank]) -> list[int]:
-        counts = [_round_up(len(rank), num_micro_batches_multiple) for rank in ranks]
+        # A pipeline that wants a multiple wants it of every rank, also of one without work.
+        fewest = 1 if num_micro_batches_multiple > 1 else 0
+        counts = [_round_up(max(len(rank), fewest), num_micro_batches_multiple) for rank in ranks]
         return [max(counts)] * num_ranks if equal_num_micro_batches else counts
 
     ranks = min(packer.candidates(), key=lambda ranks: packer.step_seconds(ranks, counts_of(ranks)))

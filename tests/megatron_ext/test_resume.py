@@ -20,7 +20,7 @@ from torch import Tensor
 from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree, whole_tensors
 from tests.rank_pool import RankError, Ranks
 
-NUM_STEPS = 12
+NUM_STEPS = 16
 SAVE_INTERVAL = 3
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -137,8 +137,8 @@ def test_kill_and_resume_is_bit_equal(
     killed = write_config(tmp_path / "killed", corpus, precision=precision)
     run(whole, 2)
     # Anywhere in a step, also while a checkpoint is being written.
-    step = random.randint(1, NUM_STEPS - 3)
-    kill_a_rank_after(killed, step=step, num_ranks=2, delay_seconds=random.uniform(0, 0.2))
+    step = random.randint(1, NUM_STEPS - 6)
+    kill_a_rank_after(killed, step=step, num_ranks=2, delay_seconds=random.uniform(0, 0.05))
     output = run(killed, 2)
     assert ("going on after step" if step > SAVE_INTERVAL else "start") in output
     kept = [[record[key] for key in COMPARED] for record in metrics(killed)]
