@@ -268,3 +268,42 @@ def resume_train(tree: dict[str, Any], num_steps: int) -> list[float]:
     with opened(tree) as run:
         resume(run)
         return [float(train_step(run)["loss"] or 0.0) for _ in range(num_steps)]
+
+
+def save_without_room_for_rank_0(tree: dict[str, Any]) -> str:
+    """Save twice; at the second time rank 0 cannot write the file that it writes alone."""
+    import errno
+
+    import torch.distributed as dist
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+    from megatron_ext.checkpoint.checkpoint import SaveError
+    from megatron_ext.trainer import save, train_step
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with opened(tree) as run:
+        train_step(run)
+        save(run)
+        train_step(run)
+        if dist.get_rank() > 0:
+            return ""
+        original = TorchCommonSaveStrategy.save_common
+        TorchCommonSaveStrategy.save_common = full
+        try:
+            save(run)
+        except SaveError as error:
+            return str(error)
+        finally:
+            TorchCommonSaveStrategy.save_common = original
+    raise AssertionError("the save succeeded")
+
+
+def test_rank_0_does_not_wait_for_others_when_its_disk_is_full(
+    ranks: Ranks, corpus: Path, tmp_path: Path
+) -> None:
+    tree = tiny_tree(corpus, tmp_path / "run")
+    message, _ = ranks.run(2, save_without_room_for_rank_0, tree, megatron=True)
+    assert "is full" in message
+    assert "iter_0000001" in message

@@ -141,9 +141,10 @@ def test_likeliest_text_is_the_models_own(ranks: Ranks, tree: dict[str, Any]) ->
         {"tensor_model_parallel_size": 2},
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         {"pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
         {},
     ],
-    ids=["TP2", "TP2+SP", "PP2", "DP2"],
+    ids=["TP2", "TP2+SP", "PP2", "VPP2", "DP2"],
 )
 def test_every_rank_of_every_layout_says_the_same(
     ranks: Ranks, tree: dict[str, Any], parallel: dict[str, Any]

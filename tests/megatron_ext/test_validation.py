@@ -58,8 +58,10 @@ def validated(tree: dict[str, Any]) -> dict[str, Any]:
         (2, {}),
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         (2, {"pipeline_model_parallel_size": 2}),
+        # Groups so small that a data-parallel rank of an interleaved pipeline has no sequence.
+        (4, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     ],
-    ids=["DP2", "TP2", "PP2"],
+    ids=["DP2", "TP2", "PP2", "VPP2xDP2"],
 )
 def test_bits_per_byte_does_not_depend_on_the_layout(
     ranks: Ranks, corpus: Path, tmp_path: Path, world_size: int, parallel: dict[str, Any]
