@@ -286,9 +286,14 @@ def save_without_room_for_rank_0(tree: dict[str, Any]) -> None:
         train_step(run)
         save(run)
         train_step(run)
+        original = TorchCommonSaveStrategy.save_common
         if dist.get_rank() == 0:
             TorchCommonSaveStrategy.save_common = full
-        save(run)
+        try:
+            save(run)
+        finally:
+            # This process goes on to the next test.
+            TorchCommonSaveStrategy.save_common = original
 
 
 def test_rank_0_does_not_wait_for_others_when_its_disk_is_full(
