@@ -41,7 +41,7 @@ def save_a_talker(tree: dict[str, Any]) -> None:
 def tree(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The configuration of a run with a checkpoint."""
     home = tmp_path_factory.mktemp("sample")
-    tree = tiny_tree(make_corpus(home), home / "run", model={"num_layers": 2})
+    tree = tiny_tree(make_corpus(home), home / "run", model={"num_layers": 4})
     ranks.run(1, save_a_talker, tree, megatron=True)
     return tree
 
