@@ -141,6 +141,27 @@ class OptimConfig(Section):
     clip_grad: float = Field(1.0, ge=0)
     """Largest global L2 norm of the gradient; 0 does not clip."""
 
+    def decay_end(self, train_iters: int) -> int:
+        """Step at which the decay has ended."""
+        return self.lr_decay_iters or train_iters
+
+    def last_decay_iters(self, train_iters: int) -> int:
+        """Steps of the last decay of `wsd` and `infinite`."""
+        if self.lr_wsd_decay_iters is not None:
+            return self.lr_wsd_decay_iters
+        return self.decay_end(train_iters) // 10
+
+    def cooldown_iters(self, train_iters: int) -> int:
+        """Steps of `infinite` from lr down to its constant part."""
+        if self.lr_cooldown_iters is not None:
+            return self.lr_cooldown_iters
+        return self.decay_end(train_iters) // 10
+
+    @property
+    def constant_rate(self) -> float:
+        """Learning rate of the constant part of `infinite`."""
+        return self.constant_lr if self.constant_lr is not None else self.lr / 2
+
 
 def _core_attention() -> list[RecomputeModule]:
     return ["core_attn"]

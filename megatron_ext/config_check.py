@@ -152,8 +152,8 @@ def _pipeline_rules(config: Config) -> Iterator[str]:
 
 
 def _schedule_rules(config: Config) -> Iterator[str]:
-    optim = config.optim
-    end = optim.lr_decay_iters or config.train.train_iters
+    optim, train_iters = config.optim, config.train.train_iters
+    end, is_infinite = optim.decay_end(train_iters), optim.lr_decay_style == "infinite"
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}"
     if optim.lr_warmup_iters >= end:
@@ -162,23 +162,19 @@ def _schedule_rules(config: Config) -> Iterator[str]:
             f"step {end} (optim.lr_decay_iters, by default train.train_iters)"
         )
     if optim.lr_decay_style in ("wsd", "infinite"):
-        last = optim.lr_wsd_decay_iters if optim.lr_wsd_decay_iters is not None else end // 10
-        cooldown = optim.lr_cooldown_iters if optim.lr_cooldown_iters is not None else end // 10
-        used = (
-            optim.lr_warmup_iters + last + (cooldown if optim.lr_decay_style == "infinite" else 0)
-        )
+        used = optim.lr_warmup_iters + optim.last_decay_iters(train_iters)
+        if is_infinite:
+            used += optim.cooldown_iters(train_iters)
         if used > end:
             yield (
                 f"the parts of lr_decay_style={optim.lr_decay_style} take {used} steps, more than "
                 f"the {end} there are; shorten lr_warmup_iters, lr_cooldown_iters or "
                 "lr_wsd_decay_iters"
             )
-    constant = optim.constant_lr
-    if constant is None and optim.lr_decay_style == "infinite":
-        constant = optim.lr / 2
-    if constant is not None and not optim.min_lr <= constant <= optim.lr:
+    has_constant = is_infinite or optim.constant_lr is not None
+    if has_constant and not optim.min_lr <= optim.constant_rate <= optim.lr:
         yield (
-            f"optim.constant_lr={constant} (by default half of lr) must lie between "
+            f"optim.constant_lr={optim.constant_rate} (by default half of lr) must lie between "
             f"min_lr={optim.min_lr} and lr={optim.lr}"
         )
 

@@ -24,21 +24,21 @@ def learning_rate(step: int, optim: OptimConfig, *, train_iters: int) -> float:
     warmup = optim.lr_warmup_iters
     if step < warmup:
         return optim.lr * (step + 1) / (warmup + 1)
-    end = optim.lr_decay_iters or train_iters
+    end = optim.decay_end(train_iters)
     if optim.lr_decay_style == "constant":
         return optim.lr
     if optim.lr_decay_style in ("cosine", "linear"):
         progress = min(1.0, (step - warmup) / max(1, end - warmup))
         return _between(optim.lr, optim.min_lr, progress, optim.lr_decay_style)
-    return _stable_then_decay(step, optim, end=end)
+    return _stable_then_decay(step, optim, train_iters=train_iters)
 
 
-def _stable_then_decay(step: int, optim: OptimConfig, *, end: int) -> float:
-    last = optim.lr_wsd_decay_iters if optim.lr_wsd_decay_iters is not None else end // 10
+def _stable_then_decay(step: int, optim: OptimConfig, *, train_iters: int) -> float:
+    end, last = optim.decay_end(train_iters), optim.last_decay_iters(train_iters)
     stable = optim.lr
     if optim.lr_decay_style == "infinite":
-        stable = optim.constant_lr if optim.constant_lr is not None else optim.lr / 2
-        cooldown = optim.lr_cooldown_iters if optim.lr_cooldown_iters is not None else end // 10
+        stable = optim.constant_rate
+        cooldown = optim.cooldown_iters(train_iters)
         since_warmup = step - optim.lr_warmup_iters
         if since_warmup < cooldown:
             return _between(optim.lr, stable, since_warmup / cooldown, "cosine")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_ext.config import ParallelConfig
+from megatron_ext.config import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,17 @@ class Mesh:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def start_mesh(parallel: ParallelConfig, *, seed: int, timeout_seconds: float) -> Mesh:
+def start_mesh(config: Config) -> Mesh:
     """Build megatron's process groups over the running default group and seed its random states."""
+    parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=timeout_seconds / 60.0,
+        distributed_timeout_minutes=config.launch.timeout_seconds / 60.0,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
     return Mesh(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

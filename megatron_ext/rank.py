@@ -41,12 +41,11 @@ def run_rank(config: Config, info: RankInfo) -> int:
     """Train on this rank; returns the exit code.
 
     Args:
-        config: checked and filled in for `info.world_size`.
+        config: checked and filled in for `info.world_size`; log.run_dir exists.
     """
     device = choose_accelerator(config)
     assert config.log.run_dir is not None
     run_dir = Path(config.log.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     with process_group.running(
         info, device=device, timeout_seconds=config.launch.timeout_seconds
     ) as device:

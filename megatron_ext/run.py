@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -83,11 +83,7 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
     Args:
         config: checked and filled in (`config_check.check_config`).
     """
-    mesh = start_mesh(
-        config.parallel,
-        seed=config.train.seed,
-        timeout_seconds=config.launch.timeout_seconds,
-    )
+    mesh = start_mesh(config)
     try:
         data = TrainingData(config, open_corpora(config))
         vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
@@ -127,5 +123,5 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
 def _cost_model(shape: ModelShape, device: RunDevice) -> CostModel:
     """Only ratios matter for balancing, so an unknown peak may be any number."""
     return CostModel.from_model(
-        **asdict(shape), flops_per_second=device.peak.flops_per_second if device.peak else 1e14
+        shape, flops_per_second=device.peak.flops_per_second if device.peak else 1e14
     )

@@ -54,11 +54,7 @@ def open_sampler(
     config: Config, checkpoint: Path, tokenizer: Tokenizer, device: torch.device
 ) -> Iterator[Sampler]:
     """Build the model on this device and load the weights; the process group must be running."""
-    mesh = start_mesh(
-        config.parallel,
-        seed=config.train.seed,
-        timeout_seconds=config.launch.timeout_seconds,
-    )
+    mesh = start_mesh(config)
     try:
         check_files(checkpoint, mesh)
         dtype, _ = choose_dtype(config, device_info(device))

@@ -18,6 +18,7 @@ from megatron_ext.config_file import dump_config, load_config
 from megatron_ext.data.corpus import Corpus
 from megatron_ext.data.prepare import prepare
 from megatron_ext.data.settings import PrepareSettings
+from megatron_ext.data.workplace import METADATA_FILE
 from megatron_ext.errors import UserError
 from megatron_ext.launch.local import run_local
 from megatron_ext.launch.ranks import RankInfo, discover
@@ -45,6 +46,7 @@ def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None
             if info.rank == 0:
                 print(dump_config(config), flush=True)
             _prepare_as_rank(config, info)
+            _make_run_dir(config)
         return _run_rank(config, info)
     num_ranks = num_ranks if num_ranks is not None else config.launch.num_ranks
     _refuse_too_many(num_ranks)
@@ -96,7 +98,7 @@ def _run_rank(config: Config, info: RankInfo) -> int:
 def prepare_corpus(corpus: CorpusConfig) -> None:
     """Prepare a corpus on first use, if the configuration says how."""
     path = Path(corpus.path)
-    if corpus.prepare is None or (path / "metadata.json").exists():
+    if corpus.prepare is None or (path / METADATA_FILE).exists():
         opened = Corpus.open(path)
         if corpus.prepare is not None:
             _refuse_other_preparation(opened, corpus.prepare)
@@ -144,7 +146,7 @@ def _prepare_as_rank(config: Config, info: RankInfo) -> None:
 
 def _wait_for(corpus: Path) -> None:
     began = time.monotonic()
-    while not (corpus / "metadata.json").exists():
+    while not (corpus / METADATA_FILE).exists():
         if time.monotonic() - began > _MOST_WAIT_SECONDS:
             raise UserError(
                 f"{corpus}: rank 0 has not prepared it within {_MOST_WAIT_SECONDS / 3600:.0f} "

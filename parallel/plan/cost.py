@@ -34,18 +34,7 @@ class CostModel:
 
     @classmethod
     def from_model(
-        cls,
-        *,
-        num_layers: int,
-        hidden_size: int,
-        ffn_hidden_size: int,
-        num_attention_heads: int,
-        num_query_groups: int,
-        kv_channels: int,
-        vocab_size: int,
-        flops_per_second: float,
-        gated_linear_unit: bool = True,
-        fixed_seconds: float = 0.0,
+        cls, shape: ModelShape, *, flops_per_second: float, fixed_seconds: float = 0.0
     ) -> "CostModel":
         """Estimate from the layers (and output layer) that one rank holds.
 
@@ -58,16 +47,6 @@ class CostModel:
 
         with N_mat from `flops.ModelShape` and backward twice forward in linear layers.
         """
-        shape = ModelShape(
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            ffn_hidden_size=ffn_hidden_size,
-            num_attention_heads=num_attention_heads,
-            num_query_groups=num_query_groups,
-            kv_channels=kv_channels,
-            vocab_size=vocab_size,
-            gated_linear_unit=gated_linear_unit,
-        )
         attention = (1 + _ATTENTION_BACKWARD) * shape.forward_flops_per_pair / 2
         linear = (1 + _LINEAR_BACKWARD) * shape.forward_flops_per_token
         return cls(

@@ -63,16 +63,7 @@ def test_packing_does_not_square_the_pack() -> None:
 
 
 def test_cost_from_model_counts_flops() -> None:
-    model = CostModel.from_model(
-        num_layers=3,
-        hidden_size=16,
-        ffn_hidden_size=40,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=8,
-        vocab_size=100,
-        flops_per_second=1e3,
-    )
+    model = CostModel.from_model(SHAPE, flops_per_second=1e3)
     length = 7
     forward_attention = causal_pairs(length) * SHAPE.forward_flops_per_pair
     flops = 3 * 2 * SHAPE.matmul_parameters * length + 3.5 * forward_attention
