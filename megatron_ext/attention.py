@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ext.batch import PackedDocuments
 from megatron_ext.norm import RMSNorm
-from parallel.attention.attention import varlen_attention
+from parallel.attention.packed import packed_attention
 from parallel.attention.rotary import apply_rotary
 
 
@@ -55,22 +54,16 @@ class PackedCoreAttention(nn.Module):
         assert documents.rotary is not None
         query = apply_rotary(query, table=documents.rotary)
         key = apply_rotary(key, table=documents.rotary)
-        output = varlen_attention(
+        assert documents.rows is not None
+        output = packed_attention(
             query,
             key,
             value,
-            # Flash kernels read the borders on the device; what loops over the documents (a CPU,
-            # and float32 anywhere) must not wait for a copy to the host.
-            cu_seqlens=(
-                documents.cu_seqlens_q
-                if query.is_cuda and query.dtype != torch.float32
-                else documents.cu_seqlens
-            ),
-            max_seqlen=documents.max_seqlen,
+            rows=documents.rows,
+            exchange=documents.exchange,
             softmax_scale=self.softmax_scale,
-            num_document_tokens=documents.cu_seqlens[-1],
         )
-        if documents.max_seqlen == 0:
+        if documents.rows.num_rows == 0:
             # An empty micro-batch: every weight gets its (zero) gradient, or the reduction of
             # gradients would wait for it.
             output = output + 0.0 * (key.sum() + value.sum())

@@ -1,8 +1,11 @@
 """One micro-batch of a plan as the tensors that a model takes.
 
-The tokens of all pieces stand one behind the other in one row; attention learns from the document
-lengths where one ends, and positions restart there. Padding at the end, if any, belongs to no
-document and counts in no loss.
+The tokens of all pieces stand one behind the other in one row: first whole sequences, then the
+pieces of sequences that other ranks share (`parallel.plan.rings`). Attention learns from the layout
+what sees what; positions are those within the sequence. Padding at the end, if any, belongs to no
+sequence and counts in no loss.
+
+A row is read on the host, ahead of time, and goes to the device when its turn comes.
 """
 
 from __future__ import annotations
@@ -16,28 +19,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.attention.rotary import RotaryTable, rotary_table
+from parallel.attention.shared_rows import SharedRows, shared_rows
+from parallel.comm.exchange import Exchange
+from parallel.plan.rings import RowLayout
 
 IntArray = NDArray[np.int64]
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """megatron's packing record with what our attention needs, made once per micro-batch.
+    """megatron's packing record with what our layers need, made once per micro-batch.
 
     Attributes:
-        cu_seqlens: borders of the documents as host integers, (0, l0, l0+l1, ...).
-        max_seqlen: longest document in tokens.
+        rows: which rows see which, here and on the ranks that share sequences with this one.
+        exchange: the way to the data-parallel ranks, over which shared sequences travel.
         rotary: cosines and sines of every token's angles, shared by all layers.
+        offload_ratio: part of the saved activations' tokens that go to host memory.
     """
 
-    cu_seqlens: tuple[int, ...] = ()
-    max_seqlen: int = 0
+    rows: SharedRows | None = None
+    exchange: Exchange | None = None
     rotary: RotaryTable | None = None
+    offload_ratio: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Tensors of one micro-batch, each [1, num_tokens]."""
+    """Tensors of one micro-batch, each [1, num_tokens], on the device."""
 
     tokens: Tensor
     labels: Tensor
@@ -47,59 +55,91 @@ class PackedBatch:
     num_unmasked_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class HostBatch:
+    """One micro-batch as it was read: int64 tensors [num_tokens] on the host."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    layout: RowLayout
+    num_unmasked_tokens: int
+    """The first rows; what follows is padding."""
+    head_dim: int
+    rotary_base: float
+
+    def to(self, device: torch.device, *, exchange: Exchange | None = None) -> PackedBatch:
+        """The tensors a model takes, with the angles of all positions.
+
+        exchange: needed where the row has pieces of shared sequences.
+        """
+        layout = self.layout
+        rows = shared_rows(
+            layout,
+            device=device,
+            ulysses_rings=[ring.ranks for ring in layout.rings if ring.is_ulysses],
+        )
+        positions = self.positions.to(device, non_blocking=True)
+        documents = PackedDocuments(
+            qkv_format="thd",
+            cu_seqlens_q=rows.whole.device_cu_seqlens,
+            cu_seqlens_kv=rows.whole.device_cu_seqlens,
+            max_seqlen_q=rows.whole.max_seqlen,
+            max_seqlen_kv=rows.whole.max_seqlen,
+            rows=rows,
+            exchange=exchange,
+            rotary=rotary_table(positions, head_dim=self.head_dim, rotary_base=self.rotary_base),
+            offload_ratio=layout.offload_ratio,
+        )
+        return PackedBatch(
+            tokens=self.tokens.to(device, non_blocking=True)[None],
+            labels=self.labels.to(device, non_blocking=True)[None],
+            loss_mask=(
+                torch.arange(len(self.tokens), device=device) < self.num_unmasked_tokens
+            ).float()[None],
+            positions=positions[None],
+            documents=documents,
+            num_unmasked_tokens=self.num_unmasked_tokens,
+        )
+
+
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
 def pack(
-    pieces: list[tuple[IntArray, IntArray, int]],
+    pieces: list[tuple[IntArray, IntArray]],
+    layout: RowLayout,
     *,
     num_tokens: int,
     head_dim: int,
     rotary_base: float,
-    device: torch.device,
-) -> PackedBatch:
+    pin_memory: bool = False,
+) -> HostBatch:
     """Lay pieces behind each other and pad them to `num_tokens`.
 
     Args:
-        pieces: (tokens, labels, first position) of each piece.
+        pieces: (tokens, labels) of each piece of the layout, in its order.
         num_tokens: length of the row; at least the tokens of all pieces.
         head_dim, rotary_base: of the rotary positions.
-        device: where the tensors go.
     """
-    lengths = [len(tokens) for tokens, _, _ in pieces]
-    used = sum(lengths)
-    assert used <= num_tokens, (used, num_tokens)
-    tokens = np.zeros(num_tokens, dtype=np.int64)
-    labels = np.zeros(num_tokens, dtype=np.int64)
-    positions = np.zeros(num_tokens, dtype=np.int64)
-    borders = [0]
-    for piece_tokens, piece_labels, first in pieces:
-        start, end = borders[-1], borders[-1] + len(piece_tokens)
-        tokens[start:end] = piece_tokens
-        labels[start:end] = piece_labels
-        positions[start:end] = np.arange(first, first + end - start)
-        borders.append(end)
-    mask = np.zeros(num_tokens, dtype=np.float32)
-    mask[:used] = 1.0
-    position_row = torch.from_numpy(positions).to(device)
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
-    longest = max(lengths, default=0)
-    documents = PackedDocuments(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        cu_seqlens=tuple(borders),
-        max_seqlen=longest,
-        rotary=rotary_table(position_row, head_dim=head_dim, rotary_base=rotary_base),
-    )
-    return PackedBatch(
-        tokens=torch.from_numpy(tokens).to(device)[None],
-        labels=torch.from_numpy(labels).to(device)[None],
-        loss_mask=torch.from_numpy(mask).to(device)[None],
-        positions=position_row[None],
-        documents=documents,
-        num_unmasked_tokens=used,
+    rows = np.zeros((3, num_tokens), dtype=np.int64)
+    end = 0
+    for piece, (tokens, labels) in zip(layout.pieces, pieces, strict=True):
+        start, end = end, end + len(tokens)
+        assert end <= num_tokens, (end, num_tokens)
+        rows[0, start:end] = tokens
+        rows[1, start:end] = labels
+        rows[2, start:end] = np.arange(piece.start, piece.end)
+    host = torch.from_numpy(rows)
+    if pin_memory:
+        host = host.pin_memory()
+    return HostBatch(
+        tokens=host[0],
+        labels=host[1],
+        positions=host[2],
+        layout=layout,
+        num_unmasked_tokens=end,
+        head_dim=head_dim,
+        rotary_base=rotary_base,
     )

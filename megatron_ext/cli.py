@@ -10,6 +10,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
 
 from megatron_ext import exit_codes
 from megatron_ext.data import cli as data_cli
@@ -40,6 +42,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    profile = commands.add_parser(
+        "profile",
+        help="measure what a configuration costs on this machine, for the planners",
+        description="Measure seconds per token and the speed of the link between ranks, and write "
+        "cost_profile.json into the run folder.",
+    )
+    _add_config_arguments(profile)
+    profile.add_argument("--ranks", type=int, metavar="N", help="local ranks to start")
+    profile.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="same as launch.device=..."
+    )
+    profile.set_defaults(run=_profile)
+
     plan = commands.add_parser(
         "plan",
         help="check a configuration without starting a rank",
@@ -49,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--ranks", type=int, metavar="N", help="ranks it shall run on")
     plan.add_argument("--json", action="store_true", help="machine-readable output")
     plan.set_defaults(run=_plan)
+
+    _add_plan_step(commands)
 
     generate = commands.add_parser("generate", help="sample text from a checkpoint")
     generate.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or iter_ folder")
@@ -65,6 +82,35 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, what is missing, what it costs")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_plan_step(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan-step",
+        help="plan one step for a file of sequence lengths",
+        description="Which rank computes which piece of which sequence, and how long the step "
+        "takes; nothing is run.",
+    )
+    parser.add_argument("--lengths", required=True, metavar="FILE", help="tokens, one a line")
+    parser.add_argument("--ranks", required=True, type=int, metavar="R", help="data-parallel ranks")
+    parser.add_argument(
+        "--tokens-per-rank", required=True, type=int, metavar="C", help="of one micro-batch"
+    )
+    parser.add_argument("--model", default="7b", metavar="NAME", help="recipe or YAML file (7b)")
+    parser.add_argument("--planner", choices=("hdp", "static_cp", "megatron"), default="hdp")
+    parser.add_argument("--pipeline", type=int, default=1, metavar="P", help="stages (1)")
+    parser.add_argument(
+        "--teraflops", type=float, default=400.0, help="attained by one rank, TFLOP/s (400)"
+    )
+    parser.add_argument(
+        "--link-gigabytes", type=float, default=50.0, help="of one rank, one way, GB/s (50)"
+    )
+    parser.add_argument(
+        "--cost-profile", metavar="FILE", help="measured by `profile`, in place of the three above"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the plan as a timeline")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.set_defaults(run=_plan_step)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,9 +154,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megatron_ext.train_command import train
+    return _run_job("train", arguments)
 
-    return train(
+
+def _profile(arguments: argparse.Namespace) -> int:
+    return _run_job("profile", arguments)
+
+
+def _run_job(job: Literal["train", "profile"], arguments: argparse.Namespace) -> int:
+    from megatron_ext.job_command import run_job
+
+    return run_job(
+        job,
         arguments.source,
         _with_options(arguments.overrides, arguments.device, arguments.ranks),
         num_ranks=arguments.ranks,
@@ -123,6 +178,24 @@ def _plan(arguments: argparse.Namespace) -> int:
     return plan(
         arguments.source, arguments.overrides, num_ranks=arguments.ranks, as_json=arguments.json
     )
+
+
+def _plan_step(arguments: argparse.Namespace) -> int:
+    from megatron_ext.plan_step_command import StepRequest, plan_step
+
+    request = StepRequest(
+        lengths=Path(arguments.lengths),
+        num_ranks=arguments.ranks,
+        tokens_per_rank=arguments.tokens_per_rank,
+        model=arguments.model,
+        planner=arguments.planner,
+        num_pipeline_stages=arguments.pipeline,
+        teraflops=arguments.teraflops,
+        link_gigabytes=arguments.link_gigabytes,
+        cost_profile=Path(arguments.cost_profile) if arguments.cost_profile else None,
+    )
+    plot = Path(arguments.plot) if arguments.plot else None
+    return plan_step(request, as_json=arguments.json, plot=plot)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -90,6 +90,8 @@ class DataConfig(Section):
     """Documents keep their length up to here; longer ones are cut into pieces of it."""
     tokens_per_rank: int | None = Field(None, ge=1)
     """Capacity of one micro-batch on one rank; by default max_sequence_length."""
+    prefetch: bool = True
+    """Plan and read the next step in the background."""
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -175,6 +177,8 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: int = Field(1, ge=1)
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=1)
     """Model chunks per pipeline stage; more than one interleaves (1F1B otherwise)."""
+    expert_model_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the experts of each layer, consecutive among tensor x data parallel ones."""
     use_distributed_optimizer: bool = True
     """ZeRO-1: optimizer state spread over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -187,9 +191,42 @@ class ParallelConfig(Section):
     recompute_num_layers: int = Field(1, ge=1)
     """full: layers recomputed together."""
 
+    planner: Literal["packing", "hdp", "static_cp", "megatron"] = "packing"
+    """Who decides which rank computes what: packing keeps sequences whole; hdp gives each the ranks
+    it needs; static_cp spreads all over one number of ranks; megatron is megatron-core's own."""
+    cost_profile: str | None = None
+    """File written by `megatron-ext profile`; without it costs are estimated from the shape."""
+
     @property
     def model_parallel_size(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def num_expert_data_ranks(self) -> int:
+        """Consecutive data-parallel ranks that exchange tokens in each layer with experts."""
+        return max(1, self.expert_model_parallel_size // self.tensor_model_parallel_size)
+
+
+class MoEConfig(Section):
+    """Feed-forward layers of many experts, of which each token sees a few; none by default."""
+
+    num_moe_experts: int | None = Field(None, ge=1)
+    """Experts of each such layer; unset, the model is dense."""
+    moe_layer_freq: int | list[Literal[0, 1]] = 1
+    """N: layers 0, N, 2N, ... have experts; or a list with a 1 or 0 for each layer."""
+    moe_ffn_hidden_size: int | None = Field(None, ge=1)
+    """Width of one expert's inner layer; by default that of a dense layer."""
+    moe_shared_expert_intermediate_size: int | None = Field(None, ge=1)
+    """Inner width of the experts that every token sees, all together; by default there are none."""
+    moe_router_topk: int = Field(2, ge=1)
+    """Experts that each token sees."""
+    moe_router_pre_softmax: bool = False
+    """true: weights are the softmax over all experts; false: over the chosen ones, so that they sum
+    to 1."""
+    moe_router_topk_scaling_factor: float | None = Field(None, gt=0)
+    """Factor on the weights of the chosen experts; by default 1."""
+    moe_z_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the mean squared log-sum-exp of each router's logits."""
 
 
 class PrecisionConfig(Section):
@@ -244,7 +281,23 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
+    moe: MoEConfig = MoEConfig()
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @property
+    def moe_layers(self) -> list[bool]:
+        """For each layer of the model whether it has experts."""
+        num_layers, freq = self.model.num_layers, self.moe.moe_layer_freq
+        if self.moe.num_moe_experts is None:
+            return [False] * num_layers
+        if isinstance(freq, int):
+            return [layer % freq == 0 for layer in range(num_layers)]
+        return [bool(entry) for entry in freq]
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Inner width of one expert."""
+        return self.moe.moe_ffn_hidden_size or self.model.ffn_size

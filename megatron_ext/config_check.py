@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_ext.config import Config
+from megatron_ext.config import Config, MoEConfig
 from megatron_ext.errors import UserError
 
 
@@ -26,6 +26,7 @@ def check_config(config: Config, *, world_size: int) -> Config:
     problems = [
         *_model_rules(config),
         *_parallel_rules(config, world_size),
+        *_moe_rules(config, world_size),
         *_schedule_rules(config),
     ]
     if not problems:
@@ -151,6 +152,72 @@ def _pipeline_rules(config: Config) -> Iterator[str]:
             )
 
 
+def _moe_rules(config: Config, world_size: int) -> Iterator[str]:
+    moe, num_layers = config.moe, config.model.num_layers
+    if moe.num_moe_experts is None:
+        for name, default in MoEConfig():
+            if getattr(moe, name) != default:
+                yield f"moe.{name} is set, but there are no experts; set moe.num_moe_experts too"
+        if config.parallel.expert_model_parallel_size > 1:
+            yield (
+                "parallel.expert_model_parallel_size="
+                f"{config.parallel.expert_model_parallel_size} needs experts: set "
+                "moe.num_moe_experts, or set it to 1"
+            )
+        return
+    if moe.moe_router_topk > moe.num_moe_experts:
+        yield (
+            f"moe.moe_router_topk={moe.moe_router_topk} is more than moe.num_moe_experts="
+            f"{moe.num_moe_experts}"
+        )
+    if moe.moe_router_topk == 1 and not moe.moe_router_pre_softmax:
+        yield (
+            "with moe.moe_router_topk=1 a weight over the chosen experts alone is always 1 and the "
+            "router would not learn; set moe.moe_router_pre_softmax=true"
+        )
+    if isinstance(moe.moe_layer_freq, int):
+        if moe.moe_layer_freq < 1:
+            yield f"moe.moe_layer_freq={moe.moe_layer_freq}: at least 1 (every layer)"
+    elif len(moe.moe_layer_freq) != num_layers:
+        yield (
+            f"moe.moe_layer_freq has {len(moe.moe_layer_freq)} entries for model.num_layers="
+            f"{num_layers} layers"
+        )
+    elif not any(moe.moe_layer_freq):
+        yield "moe.moe_layer_freq gives experts to no layer; set a 1 somewhere"
+    yield from _expert_parallel_rules(config, world_size)
+
+
+def _expert_parallel_rules(config: Config, world_size: int) -> Iterator[str]:
+    moe, parallel = config.moe, config.parallel
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    assert moe.num_moe_experts is not None
+    if moe.num_moe_experts % ep:
+        yield (
+            f"parallel.expert_model_parallel_size={ep} does not divide moe.num_moe_experts="
+            f"{moe.num_moe_experts}; use one of {_divisors(moe.num_moe_experts)}"
+        )
+    num_ranks = tp * data_parallel_size(config, world_size)
+    if num_ranks % ep or (ep % tp and tp % ep):
+        fitting = [n for n in range(1, num_ranks + 1) if not (num_ranks % n or (n % tp and tp % n))]
+        yield (
+            f"parallel.expert_model_parallel_size={ep} must divide the {num_ranks} tensor x data "
+            f"parallel ranks, and divide or be a multiple of tensor_model_parallel_size={tp}; use "
+            f"one of {', '.join(map(str, fitting)) or 'none with this many ranks'}"
+        )
+    if tp > 1 and not parallel.sequence_parallel:
+        yield (
+            f"experts with parallel.tensor_model_parallel_size={tp} need "
+            "parallel.sequence_parallel=true, so that each rank routes its own tokens"
+        )
+    shared = moe.moe_shared_expert_intermediate_size
+    if shared is not None and shared % tp:
+        yield (
+            f"parallel.tensor_model_parallel_size={tp} does not divide "
+            f"moe.moe_shared_expert_intermediate_size={shared}; use one of {_divisors(shared)}"
+        )
+
+
 def _schedule_rules(config: Config) -> Iterator[str]:
     optim, train_iters = config.optim, config.train.train_iters
     end, is_infinite = optim.decay_end(train_iters), optim.lr_decay_style == "infinite"
@@ -182,12 +249,23 @@ def _schedule_rules(config: Config) -> Iterator[str]:
 def _batch_rules(config: Config, world_size: int) -> Iterator[str]:
     data, train = config.data, config.train
     capacity, longest = data.micro_batch_tokens, data.max_sequence_length
-    if longest > capacity:
+    dp = data_parallel_size(config, world_size)
+    planner = config.parallel.planner
+    most = capacity if planner == "packing" else capacity * dp
+    if longest > most:
+        cure = f"raise tokens_per_rank to {-(-longest * capacity // most)}"
+        if planner == "packing" and dp > 1:
+            cure += ", set parallel.planner=hdp, which spreads a long sequence over ranks"
         yield (
-            f"data.max_sequence_length={longest} does not fit a micro-batch of "
-            f"data.tokens_per_rank={capacity}; raise tokens_per_rank to {longest}, or cut the "
-            f"documents at {capacity}"
+            f"data.max_sequence_length={longest} does not fit "
+            + (
+                f"a micro-batch of data.tokens_per_rank={capacity}"
+                if planner == "packing"
+                else f"{dp} data-parallel ranks x data.tokens_per_rank={capacity}"
+            )
+            + f"; {cure}, or cut the documents at {most}"
         )
+    yield from _planner_rules(config, dp)
     if train.global_batch_tokens is None:
         return
     if train.global_batch_tokens < longest:
@@ -196,7 +274,6 @@ def _batch_rules(config: Config, world_size: int) -> Iterator[str]:
             f"data.max_sequence_length={longest}; use at least {longest}"
         )
     if train.num_micro_batches is not None:
-        dp = data_parallel_size(config, world_size)
         product = train.num_micro_batches * capacity * dp
         if product != train.global_batch_tokens:
             yield (
@@ -204,4 +281,20 @@ def _batch_rules(config: Config, world_size: int) -> Iterator[str]:
                 f"{capacity} x {dp} data-parallel ranks = {product}, but "
                 f"train.global_batch_tokens={train.global_batch_tokens}; leave one of the first "
                 "and the last unset and it follows from the others"
+            )
+
+
+def _planner_rules(config: Config, dp: int) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.planner == "megatron":
+        if dp & (dp - 1):
+            yield (
+                f"parallel.planner=megatron needs a power of two of data-parallel ranks, not {dp}; "
+                "use parallel.planner=hdp"
+            )
+        if parallel.pipeline_model_parallel_size > 1:
+            yield (
+                "parallel.planner=megatron has no pipeline "
+                f"(parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}); "
+                "use parallel.planner=hdp"
             )

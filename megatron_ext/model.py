@@ -1,7 +1,8 @@
 """The network: megatron's `GPTModel` with a Llama-style layer of our own modules.
 
-x -> embedding -> num_layers x (norm, attention, +, norm, SwiGLU, +) -> norm -> logits. Rotary
-positions are applied inside attention, because only the packed batch knows them.
+x -> embedding -> num_layers x (norm, attention, +, norm, SwiGLU, +) -> norm. The product with the
+output weight belongs to the loss (`linear_cross_entropy`). Rotary positions are applied inside
+attention, because only the packed batch knows them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 from torch import Tensor, nn
 
@@ -39,7 +41,9 @@ from megatron_ext.config import Config, ModelConfig
 from megatron_ext.errors import UserError
 from megatron_ext.mesh import Mesh
 from megatron_ext.mlp import ReorderedNormMLP, SwiGLUMLP
+from megatron_ext.moe_layer import MoEMLP, PackedTransformerLayer, ReorderedNormMoEMLP
 from megatron_ext.norm import RMSNorm
+from megatron_ext.output_layer import OutputLayer
 from megatron_ext.parameters import init_parameters
 from parallel.plan.flops import ModelShape
 
@@ -58,8 +62,9 @@ def padded_vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
     return round_up(model.vocab_size or tokenizer_vocab_size, model.make_vocab_size_divisible_by)
 
 
-def model_shape(model: ModelConfig, vocab_size: int) -> ModelShape:
-    """The sizes that decide FLOPs and balance."""
+def model_shape(config: Config, vocab_size: int) -> ModelShape:
+    """The sizes that decide FLOPs and balance; of experts those that one token meets."""
+    model, moe = config.model, config.moe
     return ModelShape(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -68,6 +73,12 @@ def model_shape(model: ModelConfig, vocab_size: int) -> ModelShape:
         num_query_groups=model.query_groups,
         kv_channels=model.head_dim,
         vocab_size=vocab_size,
+        num_moe_layers=sum(config.moe_layers),
+        moe_active_ffn_size=(
+            moe.moe_router_topk * config.expert_ffn_size
+            + (moe.moe_shared_expert_intermediate_size or 0)
+        ),
+        num_moe_experts=moe.num_moe_experts or 0,
     )
 
 
@@ -119,7 +130,25 @@ def transformer_config(config: Config, *, dtype: torch.dtype, is_cuda: bool) -> 
         # and receives would mix activations with gradients.
         batch_p2p_comm=not is_interleaved,
         attention_softmax_in_fp32=False,
+        **_moe_options(config),
     )
+
+
+def _moe_options(config: Config) -> dict[str, Any]:
+    """What megatron itself must know of experts; how they work is our layer's business."""
+    if config.moe.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": config.moe.num_moe_experts,
+        # Layers that differ are saved each under its own number.
+        "moe_layer_freq": config.moe.moe_layer_freq,
+        "moe_ffn_hidden_size": config.expert_ffn_size,
+        "moe_router_topk": config.moe.moe_router_topk,
+        "moe_router_pre_softmax": config.moe.moe_router_pre_softmax,
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": config.parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def residual_add(
@@ -133,12 +162,13 @@ def residual_add(
     return add
 
 
-def layer_spec(model: ModelConfig) -> ModuleSpec:
+def layer_spec(config: Config, *, has_experts: bool) -> ModuleSpec:
     """One transformer layer as megatron builds it."""
+    model = config.model
     reordered = model.norm_position == "reordered"
     head_norm = RMSNorm if model.qk_layernorm else None
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PackedTransformerLayer if has_experts else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if reordered else RMSNorm,
             self_attention=ModuleSpec(
@@ -154,15 +184,22 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=IdentityOp if reordered else RMSNorm,
-            mlp=ModuleSpec(
-                module=ReorderedNormMLP if reordered else SwiGLUMLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            mlp=_feed_forward_spec(config, has_experts=has_experts),
             mlp_bda=residual_add,
         ),
     )
+
+
+def _feed_forward_spec(config: Config, *, has_experts: bool) -> ModuleSpec:
+    reordered = config.model.norm_position == "reordered"
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if has_experts:
+        return ModuleSpec(
+            module=ReorderedNormMoEMLP if reordered else MoEMLP,
+            submodules=submodules,
+            params={"moe": config.moe},
+        )
+    return ModuleSpec(module=ReorderedNormMLP if reordered else SwiGLUMLP, submodules=submodules)
 
 
 def build_model(
@@ -199,9 +236,13 @@ def build_model(
 def _build_chunk(
     config: Config, megatron_config: TransformerConfig, vocab_size: int, *, vp_stage: int | None
 ) -> GPTModel:
+    first = get_transformer_layer_offset(megatron_config, vp_stage=vp_stage)
+    num_layers = get_num_layers_to_build(megatron_config, vp_stage=vp_stage)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config.model)]
-        * get_num_layers_to_build(megatron_config, vp_stage=vp_stage),
+        layer_specs=[
+            layer_spec(config, has_experts=has_experts)
+            for has_experts in config.moe_layers[first : first + num_layers]
+        ],
         layer_norm=RMSNorm,
     )
     chunk = GPTModel(
@@ -215,6 +256,9 @@ def _build_chunk(
         position_embedding_type="none",
         vp_stage=vp_stage,
     )
+    if chunk.post_process:
+        # GPTModel takes no spec for this layer. Only `forward` differs.
+        chunk.output_layer.__class__ = OutputLayer
     return chunk.to(torch.cuda.current_device())
 
 
@@ -244,3 +288,17 @@ def wrap_data_parallel(chunks: list[GPTModel], config: Config) -> list[Distribut
 def unwrap(chunk: nn.Module) -> Any:
     """The GPTModel inside the data-parallel wrapper."""
     return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+
+
+def output_weight(chunk: nn.Module) -> Tensor:
+    """Of the last chunk, for its hidden states: [vocab_size / tensor_size, hidden_size].
+
+    Tied, it is the embedding.
+    """
+    model = unwrap(chunk)
+    weight: Tensor = (
+        model.shared_embedding_or_output_weight()
+        if model.share_embeddings_and_output_weights
+        else model.output_layer.weight
+    )
+    return weight

@@ -17,11 +17,16 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_ext.mesh import Mesh
+from megatron_ext.mesh import Axis, Mesh
 
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 # Llama and megatron both start these smaller, so that the residual stream does not grow with depth.
-_OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_OUTPUT_PROJECTIONS = (
+    "self_attention.linear_proj.weight",
+    "mlp.linear_fc2.weight",
+    "mlp.shared_experts.linear_fc2.weight",
+    "mlp.experts.linear_fc2",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +36,35 @@ class ParameterShard:
     Attributes:
         name: global name, e.g. `decoder.layers.7.mlp.linear_fc1.weight`.
         parameter: this rank's block.
-        dim: tensor dim that is spread over the tensor-parallel ranks, or None.
+        dim: tensor dim that is spread over the ranks of `axis`, or None.
         num_blocks: 2 for fused gate and up, whose two halves are spread each on its own; else 1.
+        axis: "expert" for the experts of a layer, which are spread over expert-parallel ranks;
+            else "tensor". `Mesh.along` has its ranks.
     """
 
     name: str
     parameter: nn.Parameter
     dim: int | None
     num_blocks: int
+    axis: Axis = "tensor"
 
-    def whole_shape(self, tensor_size: int) -> tuple[int, ...]:
+    def whole_shape(self, size: int) -> tuple[int, ...]:
+        """Its shape on one rank, from that on `size` ranks of the axis."""
         shape = list(self.parameter.shape)
         if self.dim is not None:
-            shape[self.dim] *= tensor_size
+            shape[self.dim] *= size
         return tuple(shape)
 
-    def cut(self, whole: Tensor, *, tensor_rank: int, tensor_size: int) -> Tensor:
-        """This rank's block of the whole tensor."""
-        if self.dim is None or tensor_size == 1:
+    def cut(self, whole: Tensor, *, rank: int, size: int) -> Tensor:
+        """The block of the whole tensor that belongs to one of `size` ranks of the axis."""
+        if self.dim is None or size == 1:
             return whole
         halves = whole.chunk(self.num_blocks, dim=self.dim)
-        parts = [half.chunk(tensor_size, dim=self.dim)[tensor_rank] for half in halves]
+        parts = [half.chunk(size, dim=self.dim)[rank] for half in halves]
         return torch.cat(parts, dim=self.dim)
 
     def join(self, blocks: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from the blocks of all tensor-parallel ranks, in their order."""
+        """The whole tensor from the blocks of all ranks of the axis, in their order."""
         if self.dim is None or len(blocks) == 1:
             return blocks[0]
         halves = [block.chunk(self.num_blocks, dim=self.dim) for block in blocks]
@@ -85,6 +94,7 @@ def parameter_shards(chunks: Sequence[nn.Module]) -> Iterator[ParameterShard]:
                     else None
                 ),
                 num_blocks=2 if name.endswith("linear_fc1.weight") else 1,
+                axis="tensor" if getattr(parameter, "allreduce", True) else "expert",
             )
 
 
@@ -116,15 +126,23 @@ def init_parameters(
             shard_std = std
             if shard.name.endswith(_OUTPUT_PROJECTIONS):
                 shard_std = std / math.sqrt(2.0 * num_layers)
+            ranks = mesh.along(shard.axis)
+            if shard.axis == "expert":
+                _fill_experts(shard, rank=ranks.rank, std=shard_std, seed=seed)
+                continue
             # Tied weights stand on the first and last stage and must start as one.
             whole = _normal(
-                shard.whole_shape(mesh.tensor_size),
-                std=shard_std,
-                seed=_stream(seed, shard.name),
+                shard.whole_shape(ranks.size), std=shard_std, seed=_stream(seed, shard.name)
             )
-            shard.parameter.copy_(
-                shard.cut(whole, tensor_rank=mesh.tensor_rank, tensor_size=mesh.tensor_size)
-            )
+            shard.parameter.copy_(shard.cut(whole, rank=ranks.rank, size=ranks.size))
+
+
+def _fill_experts(shard: ParameterShard, *, rank: int, std: float, seed: int) -> None:
+    """Each expert from a stream of its own, so that no rank draws the numbers of all."""
+    num_local = shard.parameter.shape[0]
+    for local, expert in enumerate(shard.parameter):
+        stream = _stream(seed, f"{shard.name}.{rank * num_local + local}")
+        expert.copy_(_normal(tuple(expert.shape), std=std, seed=stream))
 
 
 def _stream(seed: int, name: str) -> int:

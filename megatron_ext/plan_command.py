@@ -27,14 +27,25 @@ def plan(source: str, overrides: Sequence[str], *, num_ranks: int | None, as_jso
 
 
 def num_parameters(config: Config, *, vocab_size: int) -> int:
-    """Weights of the whole model, norms and embeddings included."""
+    """Weights of the whole model, norms, embeddings and all experts included."""
     model = config.model
     h, d = model.hidden_size, model.head_dim
     attention = h * d * (2 * model.num_attention_heads + 2 * model.query_groups)
     norms = 2 * h + (2 * d if model.qk_layernorm else 0)
-    layer = attention + 3 * h * model.ffn_size + norms
+    dense = 3 * h * model.ffn_size
+    num_moe_layers = sum(config.moe_layers)
+    layers = model.num_layers * (attention + norms)
+    layers += (model.num_layers - num_moe_layers) * dense + num_moe_layers * _expert_weights(config)
     embeddings = vocab_size * h * (2 if model.untie_embeddings_and_output_weights else 1)
-    return model.num_layers * layer + embeddings + h
+    return layers + embeddings + h
+
+
+def _expert_weights(config: Config) -> int:
+    """Weights of one layer's experts, shared ones and router."""
+    h, num_experts = config.model.hidden_size, config.moe.num_moe_experts or 0
+    inner = num_experts * config.expert_ffn_size
+    inner += config.moe.moe_shared_expert_intermediate_size or 0
+    return 3 * h * inner + num_experts * h
 
 
 def _figures(config: Config, world_size: int) -> dict[str, int]:
@@ -76,6 +87,7 @@ def megatron_flags(config: Config) -> list[str]:
         "seq-length": config.data.max_sequence_length,
     }
     words = [f"--{name} {value}" for name, value in flags.items()]
+    words += _moe_flags(config)
     words += ["--normalization RMSNorm", "--swiglu", "--disable-bias-linear"]
     words += ["--position-embedding-type rope", "--calculate-per-token-loss"]
     if model.query_groups != model.num_attention_heads:
@@ -90,3 +102,26 @@ def megatron_flags(config: Config) -> list[str]:
         "bf16": config.precision.dtype != "fp32",
     }
     return words + [f"--{name}" for name, is_on in switches.items() if is_on]
+
+
+def _moe_flags(config: Config) -> list[str]:
+    moe = config.moe
+    if moe.num_moe_experts is None:
+        return []
+    pattern = str([int(has_experts) for has_experts in config.moe_layers]).replace(" ", "")
+    flags = {
+        "num-experts": moe.num_moe_experts,
+        "moe-layer-freq": pattern,
+        "moe-ffn-hidden-size": config.expert_ffn_size,
+        "moe-shared-expert-intermediate-size": moe.moe_shared_expert_intermediate_size,
+        "moe-router-topk": moe.moe_router_topk,
+        "moe-router-topk-scaling-factor": moe.moe_router_topk_scaling_factor,
+        "moe-z-loss-coeff": moe.moe_z_loss_coeff or None,
+        "moe-router-load-balancing-type": "none",
+        "moe-router-dtype": "fp32",
+        "moe-token-dispatcher-type": "alltoall",
+        "expert-model-parallel-size": config.parallel.expert_model_parallel_size,
+        "expert-tensor-parallel-size": 1,
+    }
+    words = [f"--{name} {value}" for name, value in flags.items() if value is not None]
+    return words + (["--moe-router-pre-softmax"] if moe.moe_router_pre_softmax else [])

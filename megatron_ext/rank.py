@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -37,8 +38,8 @@ def choose_accelerator(config: Config) -> torch.device:
     return device
 
 
-def run_rank(config: Config, info: RankInfo) -> int:
-    """Train on this rank; returns the exit code.
+def run_rank(config: Config, info: RankInfo, job: Literal["train", "profile"]) -> int:
+    """Train or profile on this rank; returns the exit code.
 
     Args:
         config: checked and filled in for `info.world_size`; log.run_dir exists.
@@ -50,7 +51,12 @@ def run_rank(config: Config, info: RankInfo) -> int:
         info, device=device, timeout_seconds=config.launch.timeout_seconds
     ) as device:
         from megatron_ext.run import open_run
-        from megatron_ext.trainer import train
 
         with open_run(config, open_device(config, device), run_dir) as run:
+            if job == "profile":
+                from megatron_ext.profile import profile
+
+                return profile(run)
+            from megatron_ext.trainer import train
+
             return train(run)

@@ -11,8 +11,8 @@ from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.run import Run
 
-# Fields of `model` that change training but not the network that was trained.
-_MAY_CHANGE = ("z_loss_coeff", "init_method_std")
+# Fields of `model` and `moe` that change training but not the network that was trained.
+_MAY_CHANGE = ("z_loss_coeff", "init_method_std", "moe_z_loss_coeff")
 
 
 def resume(run: Run) -> None:
@@ -57,7 +57,7 @@ def _go_on_from(run: Run, found: Path) -> None:
         )
     _load(run, found)
     run.step, run.skipped_steps, run.tokens = saved.step, saved.skipped_steps, saved.tokens
-    run.data.order.seek(Cursor.from_dict(saved.cursor))
+    run.loader.seek(Cursor.from_dict(saved.cursor))
     layout = "" if saved.layout == run.layout else " (saved on another layout of ranks)"
     run.console.say(
         f"going on after step {saved.step} from {found}{layout}; {saved.tokens:,} tokens seen"
@@ -68,14 +68,17 @@ def _check_same_model(run: Run, found: Path) -> None:
     """Refuse weights of another network, even where their shapes would fit.
 
     Raises:
-        UserError: naming each field of `model` that differs.
+        UserError: naming each field of `model` and `moe` that differs.
     """
-    saved = load_config(str(found / "config.yaml")).model.model_dump()
-    now = run.config.model.model_dump()
+    saved = load_config(str(found / "config.yaml"))
     different = [
-        f"  model.{name}: {saved[name]} there, {now[name]} here"
-        for name in now
-        if saved[name] != now[name] and name not in _MAY_CHANGE
+        f"  {section}.{name}: {there} there, {here} here"
+        for section, before, now in (
+            ("model", saved.model, run.config.model),
+            ("moe", saved.moe, run.config.moe),
+        )
+        for (name, there), (_, here) in zip(before, now, strict=True)
+        if there != here and name not in _MAY_CHANGE
     ]
     if different:
         raise UserError(

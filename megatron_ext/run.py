@@ -24,7 +24,9 @@ from megatron_ext.model import (
     wrap_data_parallel,
 )
 from megatron_ext.optimizer import build_optimizer
+from megatron_ext.run_costs import run_cost_model
 from megatron_ext.step import connect_gradients
+from megatron_ext.step_loader import StepLoader
 from megatron_ext.training_data import BatchReader, TrainingData, open_corpora
 from parallel.plan.cost import CostModel
 from parallel.plan.flops import ModelShape
@@ -42,6 +44,7 @@ class Run:
     chunks: list[DistributedDataParallel]
     optimizer: ChainedOptimizer
     reader: BatchReader
+    loader: StepLoader
     shape: ModelShape
     cost_model: CostModel
     console: TrainConsole
@@ -56,7 +59,7 @@ class Run:
             num_updates=num_updates(self.optimizer),
             skipped_steps=self.skipped_steps,
             tokens=self.tokens,
-            cursor=self.data.order.cursor.to_dict(),
+            cursor=self.loader.cursor.to_dict(),
             data_fingerprint=self.data.fingerprint,
             layout=self.layout,
             optimizer=self.config.optim.optimizer,
@@ -73,6 +76,7 @@ class Run:
                 parallel.virtual_pipeline_model_parallel_size or 1
             ),
             "data_parallel_size": self.mesh.data_size,
+            "expert_model_parallel_size": self.mesh.expert_size,
         }
 
 
@@ -84,6 +88,7 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
         config: checked and filled in (`config_check.check_config`).
     """
     mesh = start_mesh(config)
+    loader = None
     try:
         data = TrainingData(config, open_corpora(config))
         vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
@@ -99,6 +104,12 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
         )
         optimizer = build_optimizer(chunks, config, dtype=device.dtype)
         connect_gradients(chunks)
+        shape = model_shape(config, vocab_size)
+        cost_model = run_cost_model(config, shape, device)
+        reader = BatchReader.for_model(config, mesh=mesh, device=device.device)
+        loader = StepLoader(
+            data, reader, config, cost_model=cost_model, is_ahead=config.data.prefetch
+        )
         yield Run(
             config=config,
             run_dir=run_dir,
@@ -107,9 +118,10 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
             data=data,
             chunks=chunks,
             optimizer=optimizer,
-            reader=BatchReader.for_model(config, mesh=mesh, device=device.device),
-            shape=model_shape(config.model, vocab_size),
-            cost_model=_cost_model(model_shape(config.model, vocab_size), device),
+            reader=reader,
+            loader=loader,
+            shape=shape,
+            cost_model=cost_model,
             console=TrainConsole(
                 train_iters=config.train.train_iters,
                 log_interval=config.log.log_interval,
@@ -117,11 +129,6 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
             ),
         )
     finally:
+        if loader is not None:
+            loader.close()
         stop_mesh()
-
-
-def _cost_model(shape: ModelShape, device: RunDevice) -> CostModel:
-    """Only ratios matter for balancing, so an unknown peak may be any number."""
-    return CostModel.from_model(
-        shape, flops_per_second=device.peak.flops_per_second if device.peak else 1e14
-    )

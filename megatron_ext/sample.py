@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.mesh import Mesh
 from megatron_ext.step import run_logits
 from megatron_ext.training_data import BatchReader
 
@@ -28,7 +27,6 @@ def sample(
     prompt: str,
     num_tokens: int,
     max_sequence_length: int,
-    mesh: Mesh,
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
@@ -42,6 +40,7 @@ def sample(
     Returns:
         The prompt and its continuation.
     """
+    mesh = reader.mesh
     for chunk in chunks:
         chunk.eval()
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -49,15 +48,13 @@ def sample(
     ids = [tokenizer.eod, *tokenizer.encode(prompt)]
     for _ in range(num_tokens):
         window = np.asarray(ids[-max_sequence_length:], dtype=np.int64)
-        batch = reader.single(window)
         logits = run_logits(
             chunks,
-            batch,
-            mesh=mesh,
+            reader.single(window),
+            reader=reader,
             row=len(window) - 1,
-            num_tokens=reader.tokens_per_rank,
         )
-        chosen = torch.zeros(1, dtype=torch.int64, device=batch.tokens.device)
+        chosen = torch.zeros(1, dtype=torch.int64, device=reader.device)
         if logits is not None:
             chosen += _choose(logits[: tokenizer.vocab_size].cpu(), temperature, top_k, generator)
         if mesh.pipeline_size > 1:

@@ -42,7 +42,6 @@ class Sampler:
             prompt=prompt,
             num_tokens=num_tokens,
             max_sequence_length=self.config.data.max_sequence_length,
-            mesh=self.mesh,
             temperature=temperature,
             top_k=top_k,
             seed=seed,

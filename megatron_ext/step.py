@@ -16,10 +16,11 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from megatron_ext.batch import PackedBatch
-from megatron_ext.loss import vocab_parallel_cross_entropy
+from megatron_ext.batch import HostBatch, PackedBatch
+from megatron_ext.linear_cross_entropy import linear_cross_entropy
 from megatron_ext.mesh import Mesh
-from megatron_ext.model import unwrap
+from megatron_ext.model import output_weight, unwrap
+from megatron_ext.training_data import BatchReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,9 @@ def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
 
 def run_micro_batches(
     chunks: Sequence[nn.Module],
-    batches: Sequence[PackedBatch],
+    batches: Sequence[HostBatch],
     *,
-    mesh: Mesh,
-    num_tokens: int,
+    reader: BatchReader,
     z_loss_coeff: float = 0.0,
     forward_only: bool = False,
 ) -> TokenLoss:
@@ -68,7 +68,7 @@ def run_micro_batches(
     Args:
         chunks: model chunks of this rank, wrapped for data parallelism when training.
         batches: this rank's micro-batches, at least one. Ranks of one model replica pass the same.
-        num_tokens: length of the padded row when the pipeline has more than one stage.
+        reader: puts a micro-batch on the device when its turn comes.
     """
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
@@ -79,14 +79,16 @@ def run_micro_batches(
             attention_mask=None,
             packed_seq_params=batch.documents,
         )
-        return output, lambda logits: _micro_batch_loss(logits, batch, mesh, z_loss_coeff)
+        return output, lambda hidden: _micro_batch_loss(
+            hidden, output_weight(chunk), batch, reader.mesh, z_loss_coeff
+        )
 
-    reports = _run_schedule(chunks, batches, forward_step, num_tokens, forward_only=forward_only)
-    return _sum_over_ranks(reports, batches, mesh)
+    reports = _run_schedule(chunks, batches, forward_step, reader, forward_only=forward_only)
+    return _sum_over_ranks(reports, batches, reader)
 
 
 def run_logits(
-    chunks: Sequence[nn.Module], batch: PackedBatch, *, mesh: Mesh, row: int, num_tokens: int
+    chunks: Sequence[nn.Module], batch: HostBatch, *, reader: BatchReader, row: int
 ) -> Tensor | None:
     """Logits of one token of one micro-batch, float32 [vocab_size], on the last stage.
 
@@ -102,12 +104,15 @@ def run_logits(
             attention_mask=None,
             packed_seq_params=batch.documents,
         )
-        return output, lambda logits, non_loss_data=True: logits[0, row].float()
+        return output, lambda hidden, non_loss_data=True: nn.functional.linear(
+            hidden[0, row], output_weight(chunk)
+        ).float()
 
+    mesh = reader.mesh
     # Interleaved stages take no fewer micro-batches than there are stages.
     batches = [batch] * (mesh.pipeline_size if len(chunks) > 1 else 1)
     rows = _run_schedule(
-        chunks, batches, forward_step, num_tokens, forward_only=True, collect_non_loss_data=True
+        chunks, batches, forward_step, reader, forward_only=True, collect_non_loss_data=True
     )
     if not mesh.is_last_stage:
         return None
@@ -121,20 +126,21 @@ def run_logits(
 
 def _run_schedule(
     chunks: Sequence[nn.Module],
-    batches: Sequence[PackedBatch],
+    batches: Sequence[HostBatch],
     forward_step: Callable[..., Any],
-    num_tokens: int,
+    reader: BatchReader,
     *,
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
-    iterators = [iter(batches) for _ in chunks]
+    iterators = [map(reader.to_device, batches) for _ in chunks]
     return get_forward_backward_func()(  # type: ignore[no-any-return]
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
-        seq_length=num_tokens,
+        # All rows of a step are of one length where the pipeline has stages to exchange them.
+        seq_length=len(batches[0].tokens),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
@@ -142,27 +148,29 @@ def _run_schedule(
 
 
 def _micro_batch_loss(
-    logits: Tensor, batch: PackedBatch, mesh: Mesh, z_loss_coeff: float
+    hidden: Tensor, weight: Tensor, batch: PackedBatch, mesh: Mesh, z_loss_coeff: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss to differentiate, tokens, report [loss sum, cross-entropy sum])."""
-    loss, cross_entropy = vocab_parallel_cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
-        batch.labels.view(-1),
+    # What follows the unmasked tokens is padding and has no loss.
+    loss_sum, cross_entropy = linear_cross_entropy(
+        hidden[0, : batch.num_unmasked_tokens],
+        weight,
+        batch.labels[0, : batch.num_unmasked_tokens],
         group=mesh.tensor_group,
         z_loss_coeff=z_loss_coeff,
     )
-    mask = batch.loss_mask.view(-1)
-    loss_sum = (loss * mask).sum()
-    report = torch.stack([loss_sum.detach(), (cross_entropy * mask).sum()]).double()
+    report = torch.stack([loss_sum.detach(), cross_entropy.sum()]).double()
     num_tokens = torch.tensor(
         batch.num_unmasked_tokens, dtype=torch.int, device=batch.tokens.device
     )
     return loss_sum, num_tokens, report
 
 
-def _sum_over_ranks(reports: list[Tensor], batches: Sequence[PackedBatch], mesh: Mesh) -> TokenLoss:
-    device = batches[0].tokens.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+def _sum_over_ranks(
+    reports: list[Tensor], batches: Sequence[HostBatch], reader: BatchReader
+) -> TokenLoss:
+    mesh = reader.mesh
+    sums = torch.zeros(3, dtype=torch.float64, device=reader.device)
     if mesh.is_last_stage:
         for report, batch in zip(reports, batches, strict=True):
             sums[:2] += report

@@ -13,15 +13,22 @@ def summary(run: Run) -> Iterator[str]:
     config, mesh = run.config, run.mesh
     yield f"device      {run.device.describe()}"
     zero = ", ZeRO-1" if config.parallel.use_distributed_optimizer else ""
+    experts = f", experts over {mesh.expert_size}" if config.moe.num_moe_experts else ""
     yield (
         f"ranks       {mesh.world_size} = tensor {mesh.tensor_size} x pipeline "
-        f"{mesh.pipeline_size} x data {mesh.data_size}{zero}"
+        f"{mesh.pipeline_size} x data {mesh.data_size}{zero}{experts}"
     )
     size = num_parameters(config, vocab_size=run.shape.vocab_size)
     yield (
         f"model       {size / 1e6:,.1f}M parameters, {config.model.num_layers} layers x "
         f"{config.model.hidden_size}, vocabulary {run.shape.vocab_size:,}"
     )
+    if config.moe.num_moe_experts:
+        yield (
+            f"experts     {config.moe.num_moe_experts} in each of {sum(config.moe_layers)} layers, "
+            f"{config.moe.moe_router_topk} for each token; a token meets "
+            f"{run.shape.matmul_parameters / 1e6:,.1f}M parameters"
+        )
     yield from _data_lines(run)
     tokens = config.train.global_batch_tokens or 0
     yield (

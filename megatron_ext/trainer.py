@@ -22,14 +22,15 @@ from megatron_ext.errors import UserError
 from megatron_ext.learning_rate import learning_rate
 from megatron_ext.metrics import Record, open_sinks
 from megatron_ext.optimizer import clip_and_step, set_learning_rate
+from megatron_ext.plan_agreement import agree_on_plan
 from megatron_ext.plots import plot_loss
 from megatron_ext.resume import resume
 from megatron_ext.run import Run
 from megatron_ext.sample import sample
 from megatron_ext.step import TokenLoss, gather_parameters, run_micro_batches
+from megatron_ext.step_loader import PreparedStep
 from megatron_ext.stop import StopRequest
 from megatron_ext.summary import summary
-from megatron_ext.training_data import plan_step
 from megatron_ext.validation import validate
 from parallel.plan.flops import model_flops
 from parallel.plan.predict import predict
@@ -96,18 +97,16 @@ def train_step(run: Run) -> Record:
         The numbers of this step, the same on every rank.
     """
     config, began = run.config, time.perf_counter()
-    assert config.train.global_batch_tokens is not None
-    refs, lengths = run.data.next_step(config.train.global_batch_tokens)
-    plan = plan_step(lengths, config, num_data_ranks=run.mesh.data_size, cost_model=run.cost_model)
-    batches = run.reader.read(plan, refs, run.data.train)
+    prepared = run.loader.take(is_last=run.step + 1 >= config.train.train_iters)
+    plan = prepared.plan
+    agree_on_plan(prepared.digest, device=run.device.device)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     loss = run_micro_batches(
         run.chunks,
-        batches,
-        mesh=run.mesh,
-        num_tokens=run.reader.tokens_per_rank,
+        prepared.batches,
+        reader=run.reader,
         z_loss_coeff=config.model.z_loss_coeff,
     )
     rate = learning_rate(run.step, config.optim, train_iters=config.train.train_iters)
@@ -117,11 +116,15 @@ def train_step(run: Run) -> Record:
     run.tokens += loss.num_tokens
     run.skipped_steps += int(not is_updated)
     run.device.synchronize()
-    return _record(run, loss, lengths, rate, grad_norm, time.perf_counter() - began) | {
-        "plan_efficiency": predict(
-            plan, run.cost_model, num_pipeline_stages=run.mesh.pipeline_size
-        ).efficiency
-    }
+    return (
+        _record(run, loss, plan.lengths, rate, grad_norm, time.perf_counter() - began)
+        | {
+            "plan_efficiency": predict(
+                plan, run.cost_model, num_pipeline_stages=run.mesh.pipeline_size
+            ).efficiency
+        }
+        | _step_traffic(run, prepared)
+    )
 
 
 def _update(run: Run, loss: TokenLoss) -> tuple[float, bool]:
@@ -187,6 +190,20 @@ def _agreed(run: Run, record: Record, stop: StopRequest) -> str | None:
     return (wanted or "another rank") if bool(shared[0]) else None
 
 
+def _step_traffic(run: Run, prepared: PreparedStep) -> Record:
+    """Over all ranks: bytes sent between ranks that share sequences, and the share of padding."""
+    sent = run.reader.exchange.traffic
+    rows = sum(len(batch.tokens) for batch in prepared.batches)
+    used = sum(batch.num_unmasked_tokens for batch in prepared.batches)
+    sums = torch.tensor(
+        [sent.num_bytes_sent, rows, used], dtype=torch.float64, device=run.device.device
+    )
+    dist.all_reduce(sums)
+    sent.num_bytes_sent = sent.num_messages_sent = 0
+    num_bytes, num_rows, num_used = sums.tolist()
+    return {"bytes_sent": round(num_bytes), "padding_share": 1.0 - num_used / num_rows}
+
+
 def _say_validation(console: TrainConsole, record: Record) -> None:
     if "validation_loss" in record:
         console.say(
@@ -224,7 +241,6 @@ def finish(run: Run) -> None:
             prompt=log.sample_prompt,
             num_tokens=log.sample_tokens,
             max_sequence_length=run.config.data.max_sequence_length,
-            mesh=run.mesh,
         )
         run.console.say(f"\nsample:\n{text}\n")
     if run.mesh.is_first_rank:

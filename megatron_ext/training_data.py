@@ -1,7 +1,7 @@
 """From the global document order to this rank's micro-batches.
 
-Every rank walks the same order and makes the same plan from the lengths; then each reads only the
-pieces that the plan gives to its place.
+Every rank walks the same order and makes the same plan from the lengths (`planners`); then each
+reads only the pieces that the plan gives to its place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ext.batch import IntArray, PackedBatch, pack, round_up
+from megatron_ext.batch import HostBatch, IntArray, PackedBatch, pack, round_up
 from megatron_ext.config import Config
 from megatron_ext.data.corpus import Corpus
 from megatron_ext.data.order import GlobalOrder
@@ -23,9 +23,9 @@ from megatron_ext.data.sequences import SequenceIndex
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.mesh import Mesh
-from parallel.plan.cost import CostModel
-from parallel.plan.packing import plan_packing
-from parallel.plan.records import MicroBatch, StepPlan
+from parallel.comm.exchange import Exchange
+from parallel.plan.records import Piece, StepPlan
+from parallel.plan.rings import RowLayout, row_layouts
 
 # Rows are padded to a multiple of this. Each new shape of a matrix product is compiled and kept by
 # the CPU's kernel library, and each new size leaves a hole in the heap.
@@ -118,83 +118,82 @@ class TrainingData:
 
 @dataclass(frozen=True, slots=True)
 class BatchReader:
-    """Makes this rank's micro-batches of a plan."""
+    """Reads this rank's micro-batches of a plan, and nothing else."""
 
     mesh: Mesh
-    tokens_per_rank: int
     head_dim: int
     rotary_base: float
     device: torch.device
+    exchange: Exchange
+    """The way to the other data-parallel ranks."""
 
     @staticmethod
     def for_model(config: Config, *, mesh: Mesh, device: torch.device) -> BatchReader:
-        """A reader with the capacity and rotary frequencies of a configuration."""
+        """A reader with the rotary frequencies of a configuration."""
         return BatchReader(
             mesh=mesh,
-            tokens_per_rank=config.data.micro_batch_tokens,
             head_dim=config.model.head_dim,
             rotary_base=config.model.rotary_base,
             device=device,
+            exchange=Exchange(mesh.data_group),
         )
-
-    @property
-    def is_padded(self) -> bool:
-        """Pipeline stages exchange rows of one fixed length."""
-        return self.mesh.pipeline_size > 1
 
     def read(
         self, plan: StepPlan, refs: Sequence[SequenceRef], indices: Sequence[SequenceIndex]
-    ) -> list[PackedBatch]:
+    ) -> list[HostBatch]:
         """The micro-batches of this data-parallel rank; an empty one where the plan has none."""
-        own = plan.micro_batches[self.mesh.data_rank] or (MicroBatch(pieces=()),)
-        return [self._pack(self._pieces(micro_batch, refs, indices)) for micro_batch in own]
+        layouts = row_layouts(plan, self.mesh.data_rank) or (
+            RowLayout(whole=(), rings=(), rank=self.mesh.data_rank),
+        )
+        num_tokens = None
+        if self.mesh.pipeline_size > 1:
+            # Stages exchange rows of one length, which all ranks know from the plan.
+            num_tokens = self.row_length(plan.longest_micro_batch)
+        return [
+            self._pack(
+                [self._read_piece(piece, refs, indices) for piece in layout.pieces],
+                layout,
+                num_tokens=num_tokens,
+            )
+            for layout in layouts
+        ]
 
-    def single(self, tokens: IntArray) -> PackedBatch:
+    def single(self, tokens: IntArray) -> HostBatch:
         """One document alone, for sampling."""
-        return self._pack([(tokens, tokens, 0)])
+        whole = (Piece(0, 0, len(tokens)),)
+        layout = RowLayout(whole=whole, rings=(), rank=self.mesh.data_rank)
+        return self._pack([(tokens, tokens)], layout)
 
-    def _pieces(
-        self, micro_batch: MicroBatch, refs: Sequence[SequenceRef], indices: Sequence[SequenceIndex]
-    ) -> list[tuple[IntArray, IntArray, int]]:
-        pieces = []
-        for piece in micro_batch.pieces:
-            ref = refs[piece.sequence]
-            tokens, labels = indices[ref.corpus].read(ref.sequence, piece.start, piece.end)
-            pieces.append((tokens, labels, piece.start))
-        return pieces
+    def to_device(self, batch: HostBatch) -> PackedBatch:
+        """The tensors of a micro-batch, when its turn has come."""
+        return batch.to(self.device, exchange=self.exchange)
 
-    def _pack(self, pieces: list[tuple[IntArray, IntArray, int]]) -> PackedBatch:
-        used = sum(len(tokens) for tokens, _, _ in pieces)
-        num_tokens = self.tokens_per_rank
-        if not self.is_padded:
-            num_tokens = round_up(max(used, 1), lcm(_ROW_MULTIPLE, self.mesh.tensor_size))
+    def _read_piece(
+        self, piece: Piece, refs: Sequence[SequenceRef], indices: Sequence[SequenceIndex]
+    ) -> tuple[IntArray, IntArray]:
+        ref = refs[piece.sequence]
+        return indices[ref.corpus].read(ref.sequence, piece.start, piece.end)
+
+    def _pack(
+        self,
+        pieces: list[tuple[IntArray, IntArray]],
+        layout: RowLayout,
+        *,
+        num_tokens: int | None = None,
+    ) -> HostBatch:
+        used = sum(len(tokens) for tokens, _ in pieces)
         return pack(
             pieces,
-            num_tokens=num_tokens,
+            layout,
+            num_tokens=num_tokens or self.row_length(used),
             head_dim=self.head_dim,
             rotary_base=self.rotary_base,
-            device=self.device,
+            pin_memory=self.device.type == "cuda",
         )
 
-
-def plan_step(
-    lengths: Sequence[int],
-    config: Config,
-    *,
-    num_data_ranks: int,
-    cost_model: CostModel,
-) -> StepPlan:
-    """The plan of one step; the same on every rank."""
-    parallel = config.parallel
-    is_interleaved = (parallel.virtual_pipeline_model_parallel_size or 1) > 1
-    return plan_packing(
-        lengths,
-        num_ranks=num_data_ranks,
-        tokens_per_rank=config.data.micro_batch_tokens,
-        cost_model=cost_model,
-        # megatron's interleaved schedule runs micro-batches in groups of the pipeline size.
-        num_micro_batches_multiple=(parallel.pipeline_model_parallel_size if is_interleaved else 1),
-    )
+    def row_length(self, num_tokens: int) -> int:
+        """Tokens of a row that holds so many, padding included."""
+        return round_up(max(num_tokens, 1), lcm(_ROW_MULTIPLE, self.mesh.tensor_size))
 
 
 def validation_groups(

@@ -12,9 +12,11 @@ import math
 import torch
 
 from megatron_ext.metrics import Record
+from megatron_ext.plan_agreement import agree_on_plan
+from megatron_ext.planners import plan_step
 from megatron_ext.run import Run
 from megatron_ext.step import run_micro_batches
-from megatron_ext.training_data import plan_step, validation_groups
+from megatron_ext.training_data import validation_groups
 
 # Held-out sequences are run in steps of this many micro-batches per rank.
 _MICRO_BATCHES_PER_STEP = 16
@@ -35,7 +37,9 @@ def validate(run: Run) -> Record:
         chunk.eval()
     total = 0.0
     num_tokens = 0
-    tokens_per_group = _MICRO_BATCHES_PER_STEP * run.reader.tokens_per_rank * run.mesh.data_size
+    tokens_per_group = (
+        _MICRO_BATCHES_PER_STEP * run.config.data.micro_batch_tokens * run.mesh.data_size
+    )
     for group_refs, group_lengths in validation_groups(
         refs, lengths, tokens_per_group=tokens_per_group
     ):
@@ -45,11 +49,11 @@ def validate(run: Run) -> Record:
             num_data_ranks=run.mesh.data_size,
             cost_model=run.cost_model,
         )
+        agree_on_plan(plan.digest(), device=run.device.device)
         loss = run_micro_batches(
             run.chunks,
             run.reader.read(plan, group_refs, run.data.validation),
-            mesh=run.mesh,
-            num_tokens=run.reader.tokens_per_rank,
+            reader=run.reader,
             forward_only=True,
         )
         total += loss.cross_entropy_sum

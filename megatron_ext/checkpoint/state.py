@@ -26,7 +26,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
-from megatron_ext.mesh import Mesh
+from megatron_ext.mesh import Mesh, Ranks
 from megatron_ext.model import unwrap
 from megatron_ext.optimizer import STATE_NAMES, main_parameter
 
@@ -57,7 +57,7 @@ def _parts_and_parameters(
     for chunk in chunks:
         for parameter in chunk.parameters():
             if id(parameter) in sharding:
-                # Without experts megatron chains one optimizer; theirs would be the second.
+                # megatron chains one optimizer, and a second for the experts where there are any.
                 part = optimizer.chained_optimizers[
                     0 if getattr(parameter, "allreduce", True) else 1
                 ]
@@ -70,11 +70,12 @@ def optimizer_state_to_save(
     """Whole optimizer tensors of the parameters that this data-parallel rank writes."""
     state: dict[str, Sharded] = {}
     for index, (part, parameter, sharding) in enumerate(_parts_and_parameters(chunks, optimizer)):
-        writer = index % mesh.data_size
+        replicas = mesh.replicas("tensor" if getattr(parameter, "allreduce", True) else "expert")
+        writer = index % replicas.size
         for name in ("param", *STATE_NAMES[rule]):
             if name == "param" and not _has_own_main(part, parameter):
                 continue
-            whole = _gather_whole(part, parameter, name, writer=writer, mesh=mesh)
+            whole = _gather_whole(part, parameter, name, writer=writer, replicas=replicas)
             if whole is not None:
                 state[f"{name}.{index}"] = _like(sharding, name, whole, is_main=True)
     return state
@@ -144,7 +145,7 @@ def _copy_flat(target: Tensor, whole: Tensor, span: slice) -> None:
 
 
 def _gather_whole(
-    part: Any, parameter: nn.Parameter, name: str, *, writer: int, mesh: Mesh
+    part: Any, parameter: nn.Parameter, name: str, *, writer: int, replicas: Ranks
 ) -> Tensor | None:
     """One optimizer tensor of one parameter, whole (float32, on the CPU) on rank `writer`."""
     held = main_parameter(part, parameter)
@@ -155,9 +156,9 @@ def _gather_whole(
         if local is None:
             # No update yet, so the optimizer has not made this tensor.
             local = torch.zeros_like(main)
-    is_spread = hasattr(part, "model_param_group_index_map") and mesh.data_size > 1
+    is_spread = hasattr(part, "model_param_group_index_map") and replicas.size > 1
     if not is_spread:
-        if mesh.data_rank != writer:
+        if replicas.rank != writer:
             return None
         assert local is not None
         return local.detach().float().reshape(parameter.shape).cpu()
@@ -165,9 +166,9 @@ def _gather_whole(
     bits = torch.zeros(parameter.numel(), dtype=torch.int32, device=parameter.device)
     if local is not None:
         bits[span] = local.detach().float().reshape(-1).view(torch.int32)
-    group_rank = dist.get_global_rank(mesh.data_group, writer)
-    dist.reduce(bits, dst=group_rank, group=mesh.data_group)
-    if mesh.data_rank != writer:
+    group_rank = dist.get_global_rank(replicas.group, writer)
+    dist.reduce(bits, dst=group_rank, group=replicas.group)
+    if replicas.rank != writer:
         return None
     return bits.view(torch.float32).reshape(parameter.shape).cpu()
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from parallel.plan.communication import ATTENTION_BACKWARD, FloatArray, RingCost
 from parallel.plan.flops import ModelShape
 from parallel.plan.records import MicroBatch
 
-# Backward over forward. Linear layers: gradients of input and of weight. Flash attention: five
-# products in place of two, since the scores are computed again.
+# Backward over forward in linear layers: gradients of input and of weight.
 _LINEAR_BACKWARD = 2.0
-_ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +30,17 @@ class CostModel:
     """b: per token."""
     fixed_seconds: float
     """g: per micro-batch."""
+    communication: RingCost | None = None
+    """Of ranks that share a sequence; None: their exchange costs nothing."""
 
     @classmethod
     def from_model(
-        cls, shape: ModelShape, *, flops_per_second: float, fixed_seconds: float = 0.0
+        cls,
+        shape: ModelShape,
+        *,
+        flops_per_second: float,
+        fixed_seconds: float = 0.0,
+        communication: RingCost | None = None,
     ) -> "CostModel":
         """Estimate from the layers (and output layer) that one rank holds.
 
@@ -47,12 +53,13 @@ class CostModel:
 
         with N_mat from `flops.ModelShape` and backward twice forward in linear layers.
         """
-        attention = (1 + _ATTENTION_BACKWARD) * shape.forward_flops_per_pair / 2
+        attention = (1 + ATTENTION_BACKWARD) * shape.forward_flops_per_pair / 2
         linear = (1 + _LINEAR_BACKWARD) * shape.forward_flops_per_token
         return cls(
             quadratic_seconds=attention / flops_per_second,
             linear_seconds=(linear + attention) / flops_per_second,
             fixed_seconds=fixed_seconds,
+            communication=communication,
         )
 
     def sequence_seconds(self, length: int) -> float:
@@ -75,3 +82,46 @@ class CostModel:
         """`sequence_seconds` of many sequences at once, [num_sequences]."""
         length = np.asarray(lengths, dtype=np.float64)
         return (self.quadratic_seconds * length + self.linear_seconds) * length
+
+    def max_useful_ranks(self, length: int) -> int:
+        """c_max: how many ranks may share a sequence before its ring's hops show.
+
+        At least 1; the sequence's length where communication costs nothing.
+        """
+        if self.communication is None:
+            return max(1, length)
+        fewest_tokens = self.communication.hidden_tokens(self.quadratic_seconds)
+        return max(1, min(length, int(length / max(fewest_tokens, 1.0))))
+
+    def exposed_seconds(self, length: npt.ArrayLike, num_ranks: npt.ArrayLike) -> FloatArray:
+        """What each rank of an even cut loses to ring or all-to-all, the cheaper; elementwise."""
+        if self.communication is None:
+            return np.zeros(np.broadcast_shapes(np.shape(length), np.shape(num_ranks)))
+        ring, all_to_all = self._exchange_seconds(self.communication, length, num_ranks)
+        cheaper: FloatArray = np.minimum(ring, all_to_all)
+        return cheaper
+
+    def prefers_ulysses(self, length: int, num_ranks: int) -> bool:
+        """Whether an all-to-all of heads beats the ring for an even cut."""
+        if self.communication is None or num_ranks == 1:
+            return False
+        ring, all_to_all = self._exchange_seconds(self.communication, length, num_ranks)
+        return bool(all_to_all < ring)
+
+    def shared_seconds(self, length: npt.ArrayLike, num_ranks: npt.ArrayLike) -> FloatArray:
+        """Seconds of each rank of an evenly cut sequence, without g; elementwise."""
+        tokens = np.asarray(length, dtype=np.float64)
+        whole = (self.quadratic_seconds * tokens + self.linear_seconds) * tokens
+        return whole / np.asarray(num_ranks) + self.exposed_seconds(length, num_ranks)
+
+    def _exchange_seconds(
+        self, ring: RingCost, length: npt.ArrayLike, num_ranks: npt.ArrayLike
+    ) -> tuple[FloatArray, FloatArray]:
+        """By ring and by all-to-all."""
+        share = np.asarray(length, dtype=np.float64) / np.asarray(num_ranks)
+        return (
+            ring.ring_seconds(
+                num_ranks, block_tokens=share, hop_seconds=self.quadratic_seconds * share**2
+            ),
+            ring.ulysses_seconds(num_ranks, block_tokens=share),
+        )

@@ -25,8 +25,7 @@ import numpy as np
 class ModelShape:
     """The sizes that decide a transformer's FLOPs; names as in the configuration.
 
-    A mixture-of-experts layer counts what one token meets: give `ffn_hidden_size` as
-    moe_router_topk * moe_ffn_hidden_size (plus shared experts).
+    A layer with experts counts what one token meets, not what there is.
     """
 
     num_layers: int
@@ -38,21 +37,44 @@ class ModelShape:
     vocab_size: int
     gated_linear_unit: bool = True
     """SwiGLU's three matrices in the feed-forward layer; two without."""
+    num_moe_layers: int = 0
+    """Those of num_layers that have experts."""
+    moe_active_ffn_size: int = 0
+    """Inner width that one token meets there: moe_router_topk * moe_ffn_hidden_size, and what is
+    shared."""
+    num_moe_experts: int = 0
+    """Rows of a router."""
 
     @property
     def matmul_parameters_per_layer(self) -> int:
-        """Weights of one layer's linear maps: query, key, value, output, feed-forward."""
-        query_size = self.num_attention_heads * self.kv_channels
-        key_value_size = 2 * self.num_query_groups * self.kv_channels
-        attention = self.hidden_size * (2 * query_size + key_value_size)
-        num_matrices = 3 if self.gated_linear_unit else 2
-        return attention + num_matrices * self.hidden_size * self.ffn_hidden_size
+        """Weights of a dense layer's linear maps: query, key, value, output, feed-forward."""
+        return self._attention_parameters + self._ffn_parameters(self.ffn_hidden_size)
+
+    @property
+    def matmul_parameters_per_moe_layer(self) -> int:
+        """Weights that one token meets in a layer with experts, the router's too."""
+        router = self.hidden_size * self.num_moe_experts
+        return self._attention_parameters + self._ffn_parameters(self.moe_active_ffn_size) + router
 
     @property
     def matmul_parameters(self) -> int:
         """N_mat: all layers and the output layer, whether or not it shares its weights."""
-        output_layer = self.hidden_size * self.vocab_size
-        return self.num_layers * self.matmul_parameters_per_layer + output_layer
+        num_dense_layers = self.num_layers - self.num_moe_layers
+        return (
+            num_dense_layers * self.matmul_parameters_per_layer
+            + self.num_moe_layers * self.matmul_parameters_per_moe_layer
+            + self.hidden_size * self.vocab_size
+        )
+
+    @property
+    def _attention_parameters(self) -> int:
+        query_size = self.num_attention_heads * self.kv_channels
+        key_value_size = 2 * self.num_query_groups * self.kv_channels
+        return self.hidden_size * (2 * query_size + key_value_size)
+
+    def _ffn_parameters(self, ffn_size: int) -> int:
+        num_matrices = 3 if self.gated_linear_unit else 2
+        return num_matrices * self.hidden_size * ffn_size
 
     @property
     def forward_flops_per_token(self) -> int:

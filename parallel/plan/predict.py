@@ -1,31 +1,43 @@
-"""How long a plan's step takes, and how close that is to the best any plan could do.
+"""How long a plan's step takes, where the time goes, and the best any plan could do.
 
-A rank's micro-batches run one after the other, and the step ends with the slowest rank:
+Ranks run their micro-batches one after the other and wait only for those they share a sequence (or
+experts) with (`lockstep`). A micro-batch takes its work, g, and the exchange of its rings. The step
+ends with the slowest rank:
 
-    step = max over ranks r of  (sum_m T_rm + (p - 1) max_m T_rm)
+    step = max over ranks r of  (end of r's last micro-batch + (p - 1) max_m T_rm)
 
-with T_rm the seconds of micro-batch m and p pipeline stages (the second term is 1F1B's bubble).
-No plan can beat the mean over ranks, nor the longest sequence:
-
-    bound = max(sum_i T_i / R,  max_i T_i / D) * (m + p - 1) / m
-
-with T_i the seconds of sequence i, the fixed cost of the fewest micro-batches that hold all tokens
-added, D the most ranks that may share a sequence, and m the plan's number of micro-batches on its
-busiest rank. Communication is in neither.
+with p pipeline stages, the second term being 1F1B's bubble. In a pipeline each micro-batch is as
+long as the plan's longest, so shorter ones pay the linear time of what is missing. What no plan can
+beat is in `bound`.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from parallel.plan.bound import bound_seconds
 from parallel.plan.cost import CostModel
-from parallel.plan.records import MicroBatch, StepPlan
+from parallel.plan.lockstep import FlatPlan, flatten, meetings, run_in_lockstep
+from parallel.plan.records import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the cost model says of a plan."""
+    """What the cost model says of a plan. Shares are of all ranks' seconds in the step."""
 
     step_seconds: float
     bound_seconds: float
+    idle_share: float = 0.0
+    """Waiting for other ranks, at meetings and at the end, and the pipeline's bubble."""
+    communication_share: float = 0.0
+    """Exchange between ranks that share sequences, as far as it is not hidden."""
+    padding_share: float = 0.0
+    """Work on rows' padding."""
+    bytes_sent: tuple[float, ...] = ()
+    """Of each rank, forward and backward, in rings and all-to-alls."""
+    peak_tokens: tuple[int, ...] = ()
+    """Of each rank's fullest micro-batch, less what is offloaded."""
 
     @property
     def efficiency(self) -> float:
@@ -38,36 +50,107 @@ def predict(
     cost_model: CostModel,
     *,
     num_pipeline_stages: int = 1,
-    max_ranks_per_sequence: int = 1,
+    expert_parallel_size: int = 1,
+    max_ranks_per_sequence: int | None = None,
 ) -> Prediction:
     """Predict the step; the cost model is that of one rank of one pipeline stage.
 
-    max_ranks_per_sequence: over how many ranks a planner was allowed to spread one sequence.
+    max_ranks_per_sequence: over how many ranks a planner was allowed to spread one sequence. By
+    default 1 if the plan shares no sequence, else all ranks.
+
+    Raises:
+        PlanError: the plan blocks, or a rank holds one sequence in two micro-batches.
     """
-    bubble = num_pipeline_stages - 1
-    ranks = [_seconds(batches, cost_model) for batches in plan.micro_batches]
-    step_seconds = max(
-        (sum(times) + bubble * max(times, default=0.0) for times in ranks), default=0.0
+    flat = flatten(plan, cost_model)
+    exchange, sent = _exchange(flat, plan, cost_model)
+    padding = np.zeros(len(flat.tokens))
+    if num_pipeline_stages > 1 and len(flat.tokens):
+        padding = cost_model.linear_seconds * (flat.tokens.max() - flat.tokens)
+    seconds = flat.seconds + exchange + padding
+    timeline = run_in_lockstep(
+        flat, seconds, meetings(flat, expert_parallel_size=expert_parallel_size)
     )
-    num_micro_batches = max((len(times) for times in ranks), default=0)
+    bubble = num_pipeline_stages - 1
+    step_seconds = _latest(flat, timeline.end, timeline.end - timeline.start, bubble)
+    most = max_ranks_per_sequence or (plan.num_ranks if flat.rings else 1)
+    num_micro_batches = int(np.diff(flat.first).max(initial=0))
+    bound = bound_seconds(
+        plan.lengths,
+        cost_model,
+        num_ranks=max(plan.num_ranks, 1),
+        tokens_per_rank=plan.most_tokens,
+        max_ranks_per_sequence=most,
+    )
+    total = plan.num_ranks * step_seconds or 1.0
     return Prediction(
         step_seconds=step_seconds,
-        bound_seconds=_bound_seconds(plan, cost_model, max_ranks_per_sequence)
-        * ((num_micro_batches + bubble) / num_micro_batches if num_micro_batches else 1.0),
+        bound_seconds=bound * (num_micro_batches + bubble) / max(num_micro_batches, 1),
+        idle_share=max(0.0, 1 - float(seconds.sum()) / total) if step_seconds else 0.0,
+        communication_share=float(exchange.sum()) / total,
+        padding_share=float(padding.sum()) / total,
+        bytes_sent=tuple(_sum_by_rank(flat, sent).tolist()),
+        peak_tokens=_peak_tokens(plan),
     )
 
 
-def _seconds(batches: tuple[MicroBatch, ...], cost_model: CostModel) -> list[float]:
-    return [cost_model.micro_batch_seconds(batch) for batch in batches]
+def _exchange(
+    flat: FlatPlan, plan: StepPlan, cost_model: CostModel
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Exposed seconds and bytes sent of each micro-batch."""
+    seconds, sent = np.zeros(len(flat.tokens)), np.zeros(len(flat.tokens))
+    ring_cost = cost_model.communication
+    if ring_cost is None:
+        return seconds, sent
+    ulysses = set(plan.ulysses)
+    for ring in flat.rings:
+        members = np.array(ring.micro_batches)
+        num_ranks = len(members)
+        lengths = np.array([plan.lengths[i] for i in ring.sequences if i not in ulysses], float)
+        in_heads = sum(plan.lengths[i] for i in ring.sequences if i in ulysses)
+        if len(lengths):
+            block = lengths.sum() / num_ranks
+            # The largest block sets the pace; without all-to-alls it is known exactly.
+            largest = ring.block_tokens if not in_heads else block
+            hop = cost_model.quadratic_seconds * float(((lengths / num_ranks) ** 2).sum())
+            seconds[members] += ring_cost.ring_seconds(
+                num_ranks, block_tokens=largest, hop_seconds=hop
+            )
+            sent[members] += ring_cost.ring_bytes(block, num_ranks)
+        if in_heads:
+            block = in_heads / num_ranks
+            seconds[members] += ring_cost.ulysses_seconds(num_ranks, block_tokens=block)
+            sent[members] += ring_cost.ulysses_bytes(block, num_ranks)
+    return seconds, sent
 
 
-def _bound_seconds(plan: StepPlan, cost_model: CostModel, max_ranks_per_sequence: int) -> float:
-    if plan.num_tokens == 0 or plan.num_ranks == 0:
+def _latest(
+    flat: FlatPlan,
+    end: npt.NDArray[np.float64],
+    taken: npt.NDArray[np.float64],
+    bubble: int,
+) -> float:
+    """The end of the step: of each rank's last micro-batch, and its longest `bubble` times more."""
+    if not len(end):
         return 0.0
-    sequences = cost_model.lengths_seconds(plan.lengths)
-    fewest_micro_batches = -(-plan.num_tokens // plan.tokens_per_rank)
-    mean = (
-        float(sequences.sum()) + cost_model.fixed_seconds * fewest_micro_batches
-    ) / plan.num_ranks
-    share = min(plan.num_ranks, max_ranks_per_sequence)
-    return max(mean, float(sequences.max()) / share + cost_model.fixed_seconds)
+    filled = np.flatnonzero(np.diff(flat.first))
+    last = end[flat.first[filled + 1] - 1]
+    longest = np.maximum.reduceat(taken, flat.first[filled])
+    return float((last + bubble * longest).max())
+
+
+def _sum_by_rank(flat: FlatPlan, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    return sums[flat.first[1:]] - sums[flat.first[:-1]]
+
+
+def _peak_tokens(plan: StepPlan) -> tuple[int, ...]:
+    return tuple(
+        max(
+            (
+                round(batch.num_tokens * (1 - batch.offload_ratio * plan.offloadable))
+                for batch in batches
+            ),
+            default=0,
+        )
+        for batches in plan.micro_batches
+    )

@@ -54,6 +54,10 @@ class StepPlan:
     """The most tokens a micro-batch may hold."""
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
     """For each rank, its micro-batches in the order in which it runs them."""
+    ulysses: tuple[int, ...] = ()
+    """Shared sequences whose ranks exchange heads instead of passing keys round a ring."""
+    offloadable: float = 0.0
+    """Share of a rank's activations that may leave the device, (l - 2) / l of l layers."""
 
     @property
     def num_ranks(self) -> int:
@@ -64,6 +68,16 @@ class StepPlan:
         """Tokens of the global batch."""
         return sum(self.lengths)
 
+    @property
+    def longest_micro_batch(self) -> int:
+        """Tokens of the fullest micro-batch of any rank."""
+        return max((batch.num_tokens for rank in self.micro_batches for batch in rank), default=0)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that a micro-batch may hold if all that may leave the device does."""
+        return int(self.tokens_per_rank / (1 - self.offloadable))
+
     def check(self) -> None:
         """Raise PlanError unless every token is computed exactly once and no limit is broken.
 
@@ -71,13 +85,16 @@ class StepPlan:
         """
         if not self.micro_batches:
             raise PlanError("the plan has no rank")
-        table = self._piece_table()
+        table = self.piece_table()
         _check_ranges(table, self.lengths)
         _check_coverage(table, self.lengths)
         for rank, index, batch in self._places():
-            if batch.num_tokens > self.tokens_per_rank:
+            held = batch.num_tokens * (1 - batch.offload_ratio * self.offloadable)
+            if batch.num_tokens > self.tokens_per_rank and held > self.tokens_per_rank + 1e-6:
+                away = batch.num_tokens - held
                 raise PlanError(
-                    f"micro-batch {index} of rank {rank} holds {batch.num_tokens} tokens; "
+                    f"micro-batch {index} of rank {rank} holds {batch.num_tokens} tokens"
+                    f"{f', {away:.0f} of them offloaded' if away else ''}; "
                     f"tokens_per_rank is {self.tokens_per_rank}"
                 )
             if not 0.0 <= batch.offload_ratio <= 1.0:
@@ -90,12 +107,13 @@ class StepPlan:
         """64 hexadecimal digits that are equal in two processes only if their plans are."""
         batches = [batch for rank in self.micro_batches for batch in rank]
         parts: tuple[npt.NDArray[np.generic], ...] = (
-            _integers([self.tokens_per_rank, len(self.lengths), self.num_ranks]),
+            _integers([self.tokens_per_rank, len(self.lengths), self.num_ranks, len(self.ulysses)]),
             _integers(self.lengths),
             _integers([len(rank) for rank in self.micro_batches]),
             _integers([len(batch.pieces) for batch in batches]),
-            self._piece_table(),
-            np.array([batch.offload_ratio for batch in batches], dtype="<f8"),
+            self.piece_table(),
+            _integers(self.ulysses),
+            np.array([self.offloadable, *(batch.offload_ratio for batch in batches)], dtype="<f8"),
         )
         # The counts in front say where each part ends, so no two plans share their bytes.
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
@@ -106,6 +124,8 @@ class StepPlan:
             "ranks": self.num_ranks,
             "lengths": list(self.lengths),
             "tokens_per_rank": self.tokens_per_rank,
+            "ulysses": list(self.ulysses),
+            "offloadable": self.offloadable,
             "micro_batches": [
                 [
                     {
@@ -131,6 +151,8 @@ class StepPlan:
                 micro_batches=tuple(
                     tuple(_micro_batch(batch) for batch in rank) for rank in record["micro_batches"]
                 ),
+                ulysses=tuple(int(sequence) for sequence in record.get("ulysses", ())),
+                offloadable=float(record.get("offloadable", 0.0)),
             )
             num_ranks = int(record["ranks"])
         except (KeyError, TypeError, ValueError) as error:
@@ -144,7 +166,7 @@ class StepPlan:
             for index, batch in enumerate(batches):
                 yield rank, index, batch
 
-    def _piece_table(self) -> npt.NDArray[np.int64]:
+    def piece_table(self) -> npt.NDArray[np.int64]:
         """[num_pieces, 3]: sequence, start, end, in the plan's order."""
         flat = [
             number

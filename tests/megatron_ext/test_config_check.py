@@ -231,6 +231,34 @@ RULES = [
         {"data__tokens_per_rank": 128},
     ),
     Rule(
+        "sequence and ranks that share it",
+        {"parallel__planner": "hdp", "data__tokens_per_rank": 32},
+        ["does not fit 2 data-parallel ranks x data.tokens_per_rank=32", "tokens_per_rank to 64"],
+        {"data__tokens_per_rank": 64},
+        world_size=2,
+    ),
+    Rule(
+        "packing where sharing would do",
+        {"data__tokens_per_rank": 64},
+        ["set parallel.planner=hdp, which spreads a long sequence over ranks"],
+        {"parallel__planner": "hdp"},
+        world_size=2,
+    ),
+    Rule(
+        "megatron's planner wants a power of two",
+        {"parallel__planner": "megatron"},
+        ["needs a power of two of data-parallel ranks, not 3", "parallel.planner=hdp"],
+        {"parallel__planner": "hdp"},
+        world_size=3,
+    ),
+    Rule(
+        "megatron's planner has no pipeline",
+        {"parallel__planner": "megatron", "parallel__pipeline_model_parallel_size": 2},
+        ["parallel.planner=megatron has no pipeline"],
+        {"parallel__planner": "hdp"},
+        world_size=2,
+    ),
+    Rule(
         "sequence and global batch",
         {"train__global_batch_tokens": 127},
         ["train.global_batch_tokens=127 cannot hold one sequence", "use at least 128"],
@@ -245,8 +273,96 @@ RULES = [
     ),
 ]
 
+EXPERTS: dict[str, Any] = {"moe__num_moe_experts": 4}
+EP2 = {"parallel__expert_model_parallel_size": 2}
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+MOE_RULES = [
+    Rule(
+        "fields without experts",
+        {"moe__moe_router_topk": 4},
+        ["moe.moe_router_topk is set", "set moe.num_moe_experts"],
+        EXPERTS,
+    ),
+    Rule(
+        "expert parallel without experts",
+        EP2,
+        ["expert_model_parallel_size=2 needs experts"],
+        EXPERTS,
+        world_size=2,
+    ),
+    Rule(
+        "more chosen than there are",
+        EXPERTS | {"moe__moe_router_topk": 5},
+        ["moe.moe_router_topk=5 is more than moe.num_moe_experts=4"],
+        {"moe__moe_router_topk": 4},
+    ),
+    Rule(
+        "one chosen and renormalised",
+        EXPERTS | {"moe__moe_router_topk": 1},
+        ["would not learn", "set moe.moe_router_pre_softmax=true"],
+        {"moe__moe_router_pre_softmax": True},
+    ),
+    Rule(
+        "no layer",
+        EXPERTS | {"moe__moe_layer_freq": 0},
+        ["moe.moe_layer_freq=0: at least 1"],
+        {"moe__moe_layer_freq": 2},
+    ),
+    Rule(
+        "pattern of another length",
+        EXPERTS | {"moe__moe_layer_freq": [0, 1]},
+        ["moe.moe_layer_freq has 2 entries for model.num_layers=4"],
+        {"moe__moe_layer_freq": [0, 1, 1, 1]},
+    ),
+    Rule(
+        "pattern without experts",
+        EXPERTS | {"moe__moe_layer_freq": [0, 0, 0, 0]},
+        ["gives experts to no layer"],
+        {"moe__moe_layer_freq": [0, 0, 0, 1]},
+    ),
+    Rule(
+        "experts that cannot be shared evenly",
+        {"moe__num_moe_experts": 3} | EP2,
+        ["expert_model_parallel_size=2 does not divide moe.num_moe_experts=3", "one of 1, 3"],
+        {"moe__num_moe_experts": 6},
+        world_size=2,
+    ),
+    Rule(
+        "expert parallel and ranks",
+        {"moe__num_moe_experts": 12, "parallel__expert_model_parallel_size": 4},
+        ["=4 must divide the 6 tensor x data parallel ranks", "use one of 1, 2, 3, 6"],
+        {"parallel__expert_model_parallel_size": 3},
+        world_size=6,
+    ),
+    Rule(
+        "expert parallel across tensor parallel",
+        {"moe__num_moe_experts": 12, "parallel__expert_model_parallel_size": 3}
+        | TP2
+        | {"parallel__sequence_parallel": True},
+        ["=3 must divide the 6", "multiple of tensor_model_parallel_size=2; use one of 1, 2, 6"],
+        {"parallel__expert_model_parallel_size": 6},
+        world_size=6,
+    ),
+    Rule(
+        "tensor without sequence parallel",
+        EXPERTS | TP2,
+        ["need parallel.sequence_parallel=true"],
+        {"parallel__sequence_parallel": True},
+        world_size=2,
+    ),
+    Rule(
+        "shared experts and tensor parallel",
+        EXPERTS
+        | TP2
+        | {"parallel__sequence_parallel": True, "moe__moe_shared_expert_intermediate_size": 15},
+        ["does not divide moe.moe_shared_expert_intermediate_size=15; use one of 1, 3, 5, 15"],
+        {"moe__moe_shared_expert_intermediate_size": 16},
+        world_size=2,
+    ),
+]
+
+
+@pytest.mark.parametrize("rule", [*RULES, *MOE_RULES], ids=lambda rule: rule.name)
 def test_broken_rule_names_its_cure(rule: Rule) -> None:
     with pytest.raises(UserError) as caught:
         check_config(tree_config(**rule.broken), world_size=rule.world_size)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.data.tokenizer import BytesTokenizer
+from parallel.plan.records import Piece
+from parallel.plan.rings import RowLayout
 from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
 from tests.rank_pool import Ranks
 
@@ -57,12 +59,16 @@ class Model:
         model = self.run.config.model
         lengths = [len(tokens) for tokens in documents]
         batch = pack(
-            [(tokens, tokens, 0) for tokens in documents],
+            [(tokens, tokens) for tokens in documents],
+            RowLayout(
+                whole=tuple(Piece(i, 0, length) for i, length in enumerate(lengths)),
+                rings=(),
+                rank=0,
+            ),
             num_tokens=sum(lengths) + padding,
             head_dim=model.head_dim,
             rotary_base=model.rotary_base,
-            device=torch.device("cpu"),
-        )
+        ).to(torch.device("cpu"))
         output = self.run.chunks[0](
             input_ids=batch.tokens,
             position_ids=batch.positions,

@@ -74,7 +74,7 @@ def check_rms_norm(dtype: torch.dtype) -> None:
 
 
 def check_swiglu(dtype: torch.dtype) -> None:
-    from megatron_ext.mlp import swiglu
+    from moe.swiglu import swiglu
 
     for shape in SHAPES:
         for scale in (1e-3, 1.0, 30.0):

@@ -35,10 +35,7 @@ def check_inverse() -> None:
         expected = [size * (tensor_size if index == dim else 1) for index, size in enumerate(block)]
         assert list(shape) == expected
         whole = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-        blocks = [
-            shard.cut(whole, tensor_rank=rank, tensor_size=tensor_size)
-            for rank in range(tensor_size)
-        ]
+        blocks = [shard.cut(whole, rank=rank, size=tensor_size) for rank in range(tensor_size)]
         assert all(list(cut.shape) == block for cut in blocks)
         assert torch.equal(shard.join(blocks), whole)
         if dim is not None:
@@ -62,7 +59,7 @@ def check_gate_and_up() -> None:
         rows = slice(2 * rank, 2 * rank + 2)
         # Every rank needs the gate of its own up rows.
         expected = torch.cat([gate[rows], up[rows]])
-        assert torch.equal(shard.cut(whole, tensor_rank=rank, tensor_size=2), expected)
+        assert torch.equal(shard.cut(whole, rank=rank, size=2), expected)
 
 
 def test_gate_and_up_are_cut_each_on_its_own(ranks: Ranks) -> None:
@@ -75,7 +72,7 @@ def described(tree: dict[str, dict[str, object]]) -> dict[str, tuple[tuple[int, 
 
     with opened(tree) as run:
         return {
-            shard.name: (shard.whole_shape(run.mesh.tensor_size), shard.dim)
+            shard.name: (shard.whole_shape(run.mesh.along(shard.axis).size), shard.dim)
             for shard in parameter_shards(run.chunks)
         }
 

@@ -60,13 +60,13 @@ def write_config(folder: Path, corpus: Path, **sections: dict[str, Any]) -> Path
     return path
 
 
-def train_command(config: Path, num_ranks: int) -> list[str]:
+def job_command(config: Path, num_ranks: int) -> list[str]:
     return [sys.executable, "-m", "megatron_ext", "train", str(config), "--ranks", str(num_ranks)]
 
 
 def run(config: Path, num_ranks: int) -> str:
     done = subprocess.run(
-        train_command(config, num_ranks), capture_output=True, text=True, timeout=180, check=False
+        job_command(config, num_ranks), capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -87,7 +87,7 @@ def kill_a_rank_after(config: Path, *, step: int, num_ranks: int, delay_seconds:
     """Start a run and kill -9 one of its ranks some time after it has logged `step`."""
     path = config.parent / "run" / "metrics.jsonl"
     with subprocess.Popen(
-        train_command(config, num_ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        job_command(config, num_ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:

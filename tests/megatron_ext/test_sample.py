@@ -13,6 +13,8 @@ import torch
 
 from megatron_ext.checkpoint import folder
 from megatron_ext.data.tokenizer import load_tokenizer
+from parallel.plan.records import Piece
+from parallel.plan.rings import RowLayout
 from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
 from tests.rank_pool import Ranks
 
@@ -110,12 +112,12 @@ def likeliest_by_hand(tree: dict[str, Any]) -> str:
         for _ in range(NUM_TOKENS):
             tokens = np.array(ids)
             batch = pack(
-                [(tokens, tokens, 0)],
+                [(tokens, tokens)],
+                RowLayout(whole=(Piece(0, 0, len(ids)),), rings=(), rank=0),
                 num_tokens=len(ids),
                 head_dim=config.model.head_dim,
                 rotary_base=config.model.rotary_base,
-                device=torch.device("cpu"),
-            )
+            ).to(torch.device("cpu"))
             logits = sampler.chunks[0](
                 input_ids=batch.tokens,
                 position_ids=batch.positions,

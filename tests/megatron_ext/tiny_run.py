@@ -104,16 +104,18 @@ def whole_tensors(run: Any, which: str) -> dict[str, Tensor]:
         local = shard.parameter.detach().float()
         if which == "grad":
             flat = torch.zeros(shard.parameter.numel())
-            held = main_parameter(run.optimizer.chained_optimizers[0], shard.parameter)
+            part = run.optimizer.chained_optimizers[1 if shard.axis == "expert" else 0]
+            held = main_parameter(part, shard.parameter)
             if held is not None:
                 main, span = held
                 assert main.grad is not None
                 flat[span] = main.grad.detach().float().reshape(-1)
-            if hasattr(run.optimizer.chained_optimizers[0], "model_param_group_index_map"):
-                dist.all_reduce(flat, group=mesh.data_group)
+            if hasattr(part, "model_param_group_index_map"):
+                dist.all_reduce(flat, group=mesh.replicas(shard.axis).group)
             local = flat.reshape(shard.parameter.shape)
-        blocks = [torch.empty_like(local) for _ in range(mesh.tensor_size)]
-        dist.all_gather(blocks, local.contiguous(), group=mesh.tensor_group)
+        ranks = mesh.along(shard.axis)
+        blocks = [torch.empty_like(local) for _ in range(ranks.size)]
+        dist.all_gather(blocks, local.contiguous(), group=ranks.group)
         found[shard.name] = shard.join(blocks).clone()
     return found
 

@@ -1,4 +1,4 @@
-"""`megatron-ext train`: check, prepare the corpora, start local ranks or be one.
+"""`megatron-ext train` and `profile`: check, prepare the corpora, start local ranks or be one.
 
 The configuration is checked and the text prepared before any rank starts, so a mistake costs
 nothing and is told once.
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from megatron_ext.config import Config, CorpusConfig, PrepareConfig
 from megatron_ext.config_check import check_config
@@ -23,14 +24,18 @@ from megatron_ext.errors import UserError
 from megatron_ext.launch.local import run_local
 from megatron_ext.launch.ranks import RankInfo, discover
 
+Job = Literal["train", "profile"]
+
 _WAIT_SECONDS = 1.0
 _MOST_WAIT_SECONDS = 12 * 3600.0
 # A node of eight GPUs, or a layout tried out on a small machine; more is a cluster's work.
 _MOST_LOCAL_RANKS = 16
 
 
-def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None) -> int:
-    """Train `source`; returns the exit code.
+def run_job(
+    job: Job, source: str, overrides: Sequence[str], *, num_ranks: int | None = None
+) -> int:
+    """Train or profile `source`; returns the exit code.
 
     Args:
         source: recipe name or YAML file.
@@ -47,7 +52,7 @@ def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None
                 print(dump_config(config), flush=True)
             _prepare_as_rank(config, info)
             _make_run_dir(config)
-        return _run_rank(config, info)
+        return _run_rank(config, info, job)
     num_ranks = num_ranks if num_ranks is not None else config.launch.num_ranks
     _refuse_too_many(num_ranks)
     config = check_config(config, world_size=num_ranks)
@@ -56,8 +61,9 @@ def train(source: str, overrides: Sequence[str], *, num_ranks: int | None = None
         prepare_corpus(corpus)
     _make_run_dir(config)
     if num_ranks == 1:
-        return _run_rank(config, info)
-    return run_local([sys.executable, "-m", "megatron_ext", "train", source, *overrides], num_ranks)
+        return _run_rank(config, info, job)
+    command = [sys.executable, "-m", "megatron_ext", job, source, *overrides]
+    return run_local(command, num_ranks)
 
 
 def _refuse_too_many(num_ranks: int) -> None:
@@ -88,11 +94,11 @@ def _make_run_dir(config: Config) -> None:
         ) from None
 
 
-def _run_rank(config: Config, info: RankInfo) -> int:
+def _run_rank(config: Config, info: RankInfo, job: Job) -> int:
     # torch and megatron: only where a rank really runs.
     from megatron_ext.rank import run_rank
 
-    return run_rank(config, info)
+    return run_rank(config, info, job)
 
 
 def prepare_corpus(corpus: CorpusConfig) -> None:

@@ -1,0 +1,193 @@
+"""A mixture-of-experts feed-forward part: stands where the dense one stands in a layer.
+
+    y = sum over chosen experts i of weight_i E_i(x)   (+ shared experts, which every token sees)
+
+The parts come from `moe`; here they meet megatron. The router is whole on every rank. Experts are
+spread over the expert-parallel ranks, whole each, and marked so that megatron sums their gradients
+over the ranks that hold the same ones only. Losses are sums over tokens and gradients are divided
+once by the global batch's tokens, so both kinds need no factor.
+
+Tensor-parallel ranks each route their own tokens, those that sequence parallelism gives them.
+Padding is not routed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_ext.batch import PackedDocuments
+from megatron_ext.config import MoEConfig
+from megatron_ext.mlp import SwiGLUMLP
+from megatron_ext.norm import RMSNorm
+from moe.dispatch.exact import ExactDispatcher
+from moe.dispatch.local import LocalDispatcher
+from moe.dispatch.protocol import Dispatcher
+from moe.experts import run_experts
+from moe.records import Routing
+from moe.router import router_logits, softmax_topk, z_loss
+from moe.side_loss import attach_loss
+
+
+class PackedTransformerLayer(TransformerLayer):
+    """A layer whose feed-forward part is told which rows are padding."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # `padding_mask` is the one argument that megatron hands through to the feed-forward part,
+        # also when that is computed again later, with other micro-batches run in between.
+        return super().forward(*args, **kwargs | {"padding_mask": kwargs.get("packed_seq_params")})
+
+
+class Router(nn.Module):
+    """The gate of one layer."""
+
+    def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.moe = moe
+        self.weight = nn.Parameter(_empty(config, moe.num_moe_experts, config.hidden_size))
+        # Ranks see different tokens then, so megatron sums this gradient over the tensor group.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def forward(self, tokens: Tensor) -> Routing:
+        """tokens: [num_tokens, hidden_size]."""
+        moe = self.moe
+        logits = router_logits(tokens, self.weight)
+        if moe.moe_z_loss_coeff and torch.is_grad_enabled():
+            logits = attach_loss(logits, moe.moe_z_loss_coeff * z_loss(logits))
+        return softmax_topk(
+            logits,
+            topk=moe.moe_router_topk,
+            is_renormalised=not moe.moe_router_pre_softmax,
+            scaling_factor=moe.moe_router_topk_scaling_factor or 1.0,
+        )
+
+
+class Experts(nn.Module):
+    """This rank's experts of one layer.
+
+    Attributes:
+        linear_fc1: [num_local_experts, 2 * ffn_size, hidden_size], gate first.
+        linear_fc2: [num_local_experts, hidden_size, ffn_size].
+    """
+
+    def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        assert moe.num_moe_experts is not None
+        assert config.moe_ffn_hidden_size is not None
+        num_local = moe.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        hidden_size, ffn_size = config.hidden_size, config.moe_ffn_hidden_size
+        self.linear_fc1 = nn.Parameter(_empty(config, num_local, 2 * ffn_size, hidden_size))
+        self.linear_fc2 = nn.Parameter(_empty(config, num_local, hidden_size, ffn_size))
+        for weight in self.parameters():
+            # megatron's marks: reduced over the expert-data ranks, and no copy of what other
+            # tensor-parallel ranks hold, so that each counts in the norm of the gradient.
+            for name, value in (
+                ("allreduce", False),
+                ("tensor_model_parallel", True),
+                ("partition_dim", 0),
+                ("partition_stride", 1),
+            ):
+                setattr(weight, name, value)
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return run_experts(rows, counts, self.linear_fc1, self.linear_fc2)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """All experts of the layer as one tensor, so that any number of ranks can read them."""
+        expert_rank = parallel_state.get_expert_model_parallel_rank()
+        expert_size = parallel_state.get_expert_model_parallel_world_size()
+        replica = parallel_state.get_expert_data_parallel_rank()
+        num_leading = len(sharded_offsets)
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                weight,
+                *sharded_offsets,
+                (num_leading, expert_rank, expert_size),
+                replica_id=(0, 0, replica),
+                prepend_axis_num=num_leading,
+            )
+            for name, weight in self.named_parameters()
+        }
+
+
+class MoEMLP(MegatronModule):
+    """Router, experts and what brings tokens from one to the other."""
+
+    def __init__(
+        self, config: TransformerConfig, submodules: MLPSubmodules, *, moe: MoEConfig
+    ) -> None:
+        super().__init__(config=config)
+        self.router = Router(config, moe)
+        self.experts = Experts(config, moe)
+        self.shared_experts: SwiGLUMLP | None = None
+        if moe.moe_shared_expert_intermediate_size is not None:
+            # Its second linear map asks the configuration how wide it is.
+            narrower = copy.copy(config)
+            narrower.ffn_hidden_size = moe.moe_shared_expert_intermediate_size
+            self.shared_experts = SwiGLUMLP(
+                narrower, submodules, ffn_hidden_size=narrower.ffn_hidden_size
+            )
+        self.dispatcher = choose_dispatcher()
+
+    def forward(
+        self, hidden_states: Tensor, padding_mask: PackedDocuments | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [num_rows, 1, hidden_size], this rank's part of the row.
+
+        padding_mask: the documents of the row (see `PackedTransformerLayer`).
+        """
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        tokens = rows[: self._num_tokens(rows.shape[0], padding_mask)]
+        routing = self.router(tokens)
+        trip = self.dispatcher.dispatch(tokens, routing)
+        routed = trip.combine(self.experts(trip.rows, trip.counts))
+        num_padding = rows.shape[0] - tokens.shape[0]
+        output = nn.functional.pad(routed, (0, 0, 0, num_padding)).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)[0]
+        return output, None
+
+    def _num_tokens(self, num_rows: int, documents: PackedDocuments | None) -> int:
+        """Rows before the padding, which stands at the end of the whole row."""
+        if documents is None or documents.rows is None:
+            return num_rows
+        first: int = num_rows * parallel_state.get_tensor_model_parallel_rank()
+        return min(max(documents.rows.num_rows - first, 0), num_rows)
+
+
+class ReorderedNormMoEMLP(MoEMLP):
+    """Experts whose output is normalised before the residual sum (OLMo 2, section 3.1)."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.output_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(*args, **kwargs)
+        return self.output_layernorm(output), bias
+
+
+def choose_dispatcher() -> Dispatcher:
+    """How tokens travel between the ranks of megatron's expert-parallel group."""
+    group = parallel_state.get_expert_model_parallel_group()
+    return ExactDispatcher(group=group) if group.size() > 1 else LocalDispatcher()
+
+
+def _empty(config: TransformerConfig, *shape: int | None) -> Tensor:
+    """`init_parameters` fills it."""
+    return torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())  # type: ignore[arg-type]

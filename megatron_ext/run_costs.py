@@ -1,0 +1,76 @@
+"""The cost model that a run plans with: measured, or estimated from the model's shape.
+
+Every rank, and every restart of a run, must get the same numbers, or they would make different
+plans. So nothing here is measured: without a profile the estimate rests on data sheets and stated
+constants. For balance only their ratios matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_ext.config import Config
+from megatron_ext.cost_profile import load_cost_model, subject_of
+from megatron_ext.devices import RunDevice
+from parallel.plan.communication import RingCost
+from parallel.plan.cost import CostModel
+from parallel.plan.flops import ModelShape
+
+# What training attains of a data sheet's peak.
+_ATTAINED = 0.45
+# A core with and without bf16 in hardware lies on either side of it.
+_CPU_FLOPS_PER_SECOND = 1e11
+_UNKNOWN_FLOPS_PER_SECOND = 2e14
+# Of one rank, one way: gloo on one host; a 400 Gbit/s network card per GPU.
+_LINK_BYTES_PER_SECOND = {"cpu": 1e9, "cuda": 50e9}
+_LATENCY_SECONDS = {"cpu": 200e-6, "cuda": 20e-6}
+
+
+def run_cost_model(config: Config, shape: ModelShape, device: RunDevice) -> CostModel:
+    """The costs of one rank of this run."""
+    if config.parallel.cost_profile is not None:
+        subject = subject_of(
+            config,
+            device=device.info.name,
+            dtype=str(device.dtype),
+            vocab_size=shape.vocab_size,
+        )
+        return load_cost_model(Path(config.parallel.cost_profile), subject=subject)
+    kind = device.device.type
+    stage = stage_shape(config, shape)
+    return CostModel.from_model(
+        stage,
+        flops_per_second=_flops_per_second(device),
+        communication=RingCost.from_model(
+            stage,
+            bytes_per_second=_LINK_BYTES_PER_SECOND[kind],
+            latency_seconds=_LATENCY_SECONDS[kind],
+            bytes_per_element=device.dtype.itemsize,
+        ),
+    )
+
+
+def stage_shape(config: Config, shape: ModelShape) -> ModelShape:
+    """What one rank of one pipeline stage holds, the output layer spread evenly over stages."""
+    parallel = config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return replace(
+        shape,
+        num_layers=max(1, shape.num_layers // stages),
+        ffn_hidden_size=shape.ffn_hidden_size // tensor,
+        # With experts tensor-parallel ranks share the tokens instead; the work is the same.
+        num_moe_layers=shape.num_moe_layers // stages,
+        moe_active_ffn_size=shape.moe_active_ffn_size // tensor,
+        num_moe_experts=shape.num_moe_experts // tensor,
+        num_attention_heads=shape.num_attention_heads // tensor,
+        num_query_groups=shape.num_query_groups // tensor,
+        vocab_size=shape.vocab_size // (tensor * stages),
+    )
+
+
+def _flops_per_second(device: RunDevice) -> float:
+    if device.device.type == "cpu":
+        return _CPU_FLOPS_PER_SECOND
+    sheet_peak = device.info.peak(device.dtype)
+    return _ATTAINED * sheet_peak.flops_per_second if sheet_peak else _UNKNOWN_FLOPS_PER_SECOND

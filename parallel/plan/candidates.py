@@ -1,0 +1,106 @@
+"""Which sequences are shared, and over how many ranks each may be.
+
+A sequence needs enough ranks for its tokens, D_min = s / C, and is through sooner with more; but
+from some number on its exchange shows (`communication`) and rank-seconds are lost. How many of
+them may be paid is the planner's choice, so a candidate keeps its seconds for every number of
+ranks worth a thought.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parallel.plan.cost import CostModel
+
+# So many of the longest sequences may take any number of ranks.
+_NUM_DECISIVE = 64
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A sequence that is shared."""
+
+    sequence: int
+    work: float
+    """Seconds of one rank alone."""
+    fewest: int
+    """Ranks that hold its tokens."""
+    most: int
+    """Ranks that a block takes of its own accord; more only where the target demands it."""
+    seconds: list[float]
+    """Of a block of fewest, fewest + 1, ... ranks, g included, up to the quickest."""
+    falling: list[float]
+    """The least seconds of so many ranks or fewer: an all-to-all suits only some numbers."""
+
+    def on(self, num_ranks: int) -> float:
+        """Seconds of a block of so many ranks."""
+        return self.seconds[num_ranks - self.fewest]
+
+    @property
+    def limit(self) -> int:
+        """The most ranks that still make it faster."""
+        return self.fewest + len(self.seconds) - 1
+
+    def fewest_within(self, height: float) -> int:
+        """The fewest ranks that need no more than `height` seconds; `limit` if none do."""
+        if self.falling[0] <= height:
+            return self.fewest
+        # Ascending in the negative.
+        place = bisect_left(self.falling, -height, key=lambda seconds: -seconds)
+        return min(self.fewest + place, self.limit)
+
+
+def make_candidates(
+    sequences: Sequence[int],
+    lengths: Sequence[int],
+    fewest_ranks: Sequence[int],
+    *,
+    num_ranks: int,
+    cost_model: CostModel,
+    communication_share: float,
+    target: float,
+) -> list[Candidate]:
+    """Candidates of these sequences, with their lengths and the ranks that hold them.
+
+    communication_share: part of a sequence's work that its exchange may cost more than on its
+    fewest ranks. target: seconds in which all should be through.
+    """
+    length = np.asarray(lengths, dtype=np.int64)
+    fewest = np.asarray(fewest_ranks, dtype=np.int64)
+    useful = np.array([2 * cost_model.max_useful_ranks(one) for one in lengths], dtype=np.int64)
+    useful = np.maximum(np.maximum(useful, 4 * fewest), 16)
+    most = np.maximum(fewest, np.minimum(np.minimum(useful, num_ranks), length))
+    # One that may decide the length of the step gets whatever helps.
+    decides = cost_model.shared_seconds(length, most) > 0.5 * target
+    decides &= length >= np.sort(length)[-min(len(length), _NUM_DECISIVE) :][:1]
+    most = np.where(decides, np.minimum(num_ranks, length), most)
+    # All numbers of ranks of all sequences in one row of arrays.
+    sizes = most - fewest + 1
+    ends = np.cumsum(sizes)
+    counts = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - sizes - fewest, sizes)
+    seconds = cost_model.shared_seconds(np.repeat(length, sizes), counts)
+    overhead = seconds * counts
+    work = cost_model.lengths_seconds(lengths)
+    found = []
+    for index, (sequence, end, size) in enumerate(
+        zip(sequences, ends.tolist(), sizes.tolist(), strict=True)
+    ):
+        own = seconds[end - size : end]
+        best = int(own.argmin())
+        paid = overhead[end - size : end - size + best + 1]
+        affordable = paid <= paid[0] + communication_share * work[index]
+        last = best - int(affordable[::-1].argmax())
+        own = own[: best + 1] + cost_model.fixed_seconds
+        found.append(
+            Candidate(
+                sequence,
+                float(work[index]),
+                int(fewest[index]),
+                int(fewest[index]) + last,
+                own.tolist(),
+                np.minimum.accumulate(own).tolist(),
+            )
+        )
+    return found

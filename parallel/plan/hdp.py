@@ -1,0 +1,87 @@
+"""Hybrid data parallelism: every sequence gets the ranks that it needs, from one to all.
+
+ByteScale's idea (arXiv 2502.21231): ranks are not arranged in a mesh of data and context ranks.
+Long sequences are cut over as many ranks as they need, short ones are packed, and ranks run
+different numbers of micro-batches; gradients are sums over tokens, so nothing else must agree.
+
+Without a pipeline and experts, ranks wait only for those they share a sequence with: `search` lays
+out blocks in time. With either, all ranks of a meeting count micro-batches alike: `rows`.
+"""
+
+from collections.abc import Sequence
+
+from parallel.errors import PlanError
+from parallel.plan.cost import CostModel
+from parallel.plan.records import StepPlan
+from parallel.plan.rows import plan_rows
+from parallel.plan.search import plan_free
+
+
+def plan_hdp(
+    lengths: Sequence[int],
+    *,
+    num_ranks: int,
+    tokens_per_rank: int,
+    cost_model: CostModel,
+    num_pipeline_stages: int = 1,
+    num_micro_batches_multiple: int = 1,
+    expert_parallel_size: int = 1,
+) -> StepPlan:
+    """Plan a step of sequences of these lengths (tokens); the same plan in every process.
+
+    num_micro_batches_multiple: every rank's number of micro-batches is a multiple of this, as
+    interleaved pipelines need. expert_parallel_size: groups of so many consecutive ranks run the
+    same number of micro-batches.
+
+    Raises:
+        PlanError: a sequence is empty or longer than all ranks together can hold.
+    """
+    _check(
+        lengths,
+        num_ranks=num_ranks,
+        tokens_per_rank=tokens_per_rank,
+        num_pipeline_stages=num_pipeline_stages,
+        num_micro_batches_multiple=num_micro_batches_multiple,
+        expert_parallel_size=expert_parallel_size,
+    )
+    if num_pipeline_stages == 1 and num_micro_batches_multiple == 1 and expert_parallel_size == 1:
+        return plan_free(
+            lengths, num_ranks=num_ranks, tokens_per_rank=tokens_per_rank, cost_model=cost_model
+        )
+    shares = {
+        index: -(-length // tokens_per_rank)
+        for index, length in enumerate(lengths)
+        if length > tokens_per_rank
+    }
+    return plan_rows(
+        lengths,
+        shares,
+        num_ranks=num_ranks,
+        tokens_per_rank=tokens_per_rank,
+        cost_model=cost_model,
+        num_micro_batches_multiple=num_micro_batches_multiple,
+        expert_parallel_size=expert_parallel_size,
+    )
+
+
+def _check(lengths: Sequence[int], **limits: int) -> None:
+    for name, value in limits.items():
+        if value < 1:
+            raise PlanError(f"{name} is {value}; it must be at least 1")
+    num_ranks, tokens_per_rank = limits["num_ranks"], limits["tokens_per_rank"]
+    if num_ranks % limits["expert_parallel_size"]:
+        raise PlanError(
+            f"num_ranks {num_ranks} is no multiple of expert_parallel_size "
+            f"{limits['expert_parallel_size']}"
+        )
+    capacity = num_ranks * tokens_per_rank
+    for index, length in enumerate(lengths):
+        if length < 1:
+            raise PlanError(f"sequence {index} has {length} tokens; drop empty sequences first")
+        if length > capacity:
+            raise PlanError(
+                f"sequence {index} has {length} tokens, but {num_ranks} ranks of tokens_per_rank = "
+                f"{tokens_per_rank} hold {capacity}; raise tokens_per_rank to "
+                f"{-(-length // num_ranks)}, use {-(-length // tokens_per_rank)} ranks, or cut "
+                f"sequences at {capacity} tokens"
+            )

@@ -1,0 +1,196 @@
+"""When each micro-batch of a plan starts and ends, if ranks wait only for those they meet.
+
+Ranks that share a sequence exchange blocks in every layer, so their micro-batches, a *meeting*,
+start together when the last rank is ready and take as long as the slowest of them:
+
+    start(M) = max over m in M of end(micro-batch before m on its rank)
+    end(m)   = start(M) + max over n in M of seconds(n)       for every m in M
+
+Everything else on a rank runs without waiting. The plan is first laid out in arrays: one entry per
+piece, and one per micro-batch, rank by rank.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from parallel.errors import PlanError
+from parallel.plan.cost import CostModel
+from parallel.plan.records import StepPlan
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+class SharedRing(NamedTuple):
+    """Sequences that have the same micro-batches in the same meeting."""
+
+    micro_batches: tuple[int, ...]
+    sequences: tuple[int, ...]
+    block_tokens: int
+    """Tokens of these sequences on the rank that holds most of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPlan:
+    """A plan in arrays; micro-batches are numbered rank by rank."""
+
+    first: IntArray
+    """[num_ranks + 1]: where the micro-batches of each rank begin."""
+    seconds: FloatArray
+    """[num_micro_batches]: own computation and g, without communication."""
+    tokens: IntArray
+    """[num_micro_batches]."""
+    rings: tuple[SharedRing, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.first) - 1
+
+
+def flatten(plan: StepPlan, cost_model: CostModel) -> FlatPlan:
+    """Lay out a plan. Raises PlanError where a rank holds one sequence in two micro-batches."""
+    counts = [len(batches) for batches in plan.micro_batches]
+    first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+    num_pieces = [len(batch.pieces) for batches in plan.micro_batches for batch in batches]
+    owner = np.repeat(np.arange(len(num_pieces)), num_pieces)
+    table = plan.piece_table()
+    sequence, start, end = table.T
+    tokens = end - start
+    work = (cost_model.quadratic_seconds * (end + start) + cost_model.linear_seconds) * tokens
+    num_batches = len(num_pieces)
+    return FlatPlan(
+        first=first,
+        seconds=np.asarray(np.bincount(owner, work, num_batches), float) + cost_model.fixed_seconds,
+        tokens=np.bincount(owner, tokens, num_batches).astype(np.int64),
+        rings=_rings(sequence, owner, tokens, num_batches, first),
+    )
+
+
+def _rings(
+    sequence: IntArray, owner: IntArray, tokens: IntArray, num_batches: int, first: IntArray
+) -> tuple[SharedRing, ...]:
+    # One entry for each sequence and micro-batch that holds a part of it, sequence by sequence.
+    pairs, inverse = np.unique(sequence * max(num_batches, 1) + owner, return_inverse=True)
+    held = np.bincount(inverse, tokens, len(pairs)).astype(np.int64)
+    of_sequence, batches = np.divmod(pairs, max(num_batches, 1))
+    starts = np.flatnonzero(np.diff(of_sequence, prepend=-1))
+    ends = np.append(starts[1:], len(pairs))[: len(starts)]
+    found: dict[tuple[int, ...], list[int]] = {}
+    blocks: dict[tuple[int, ...], IntArray] = {}
+    for begin, stop in zip(starts.tolist(), ends.tolist(), strict=True):
+        if stop - begin == 1:
+            continue
+        ranks = np.searchsorted(first, batches[begin:stop], side="right")
+        if (np.diff(ranks) == 0).any():
+            raise PlanError(
+                f"a rank holds pieces of sequence {of_sequence[begin]} in two micro-batches; "
+                "they belong in one"
+            )
+        key = tuple(batches[begin:stop].tolist())
+        found.setdefault(key, []).append(int(of_sequence[begin]))
+        blocks[key] = blocks.get(key, np.int64(0)) + held[begin:stop]
+    return tuple(
+        SharedRing(key, tuple(sequences), int(blocks[key].max()))
+        for key, sequences in found.items()
+    )
+
+
+def meetings(flat: FlatPlan, *, expert_parallel_size: int = 1) -> list[list[int]]:
+    """Micro-batches that must run together: those joined by rings, two or more each.
+
+    With expert parallelism also those of equal index within each group of consecutive ranks.
+    """
+    parent = list(range(len(flat.tokens)))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for ring in flat.rings:
+        leader = root(ring.micro_batches[0])
+        for other in ring.micro_batches[1:]:
+            parent[root(other)] = leader
+    if expert_parallel_size > 1:
+        for row in _expert_rows(flat, expert_parallel_size):
+            leader = root(row[0])
+            for other in row[1:]:
+                parent[root(other)] = leader
+    groups: dict[int, list[int]] = {}
+    for node in range(len(parent)):
+        groups.setdefault(root(node), []).append(node)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _expert_rows(flat: FlatPlan, size: int) -> list[list[int]]:
+    rows = []
+    bounds = flat.first.tolist()
+    for begin in range(0, flat.num_ranks, size):
+        ranks = range(begin, min(begin + size, flat.num_ranks))
+        longest = max(bounds[rank + 1] - bounds[rank] for rank in ranks)
+        for index in range(longest):
+            present = [r for r in ranks if bounds[r] + index < bounds[r + 1]]
+            rows.append([bounds[rank] + index for rank in present])
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Seconds from the start of the step; one entry per micro-batch of the flat plan."""
+
+    start: FloatArray
+    end: FloatArray
+
+
+def run_in_lockstep(flat: FlatPlan, seconds: FloatArray, groups: list[list[int]]) -> Timeline:
+    """Start and end of each micro-batch, which takes `seconds` on its own.
+
+    Raises PlanError where two meetings wait for each other.
+    """
+    meeting_of = [-1] * len(seconds)
+    for number, group in enumerate(groups):
+        for batch in group:
+            meeting_of[batch] = number
+    missing = [len(group) for group in groups]
+    ready = [0.0] * len(groups)
+    own = seconds.tolist()
+    start, end = [0.0] * len(own), [0.0] * len(own)
+    bounds = flat.first.tolist()
+    clock = [0.0] * flat.num_ranks
+    cursor = bounds[:-1]
+    rank_of = np.repeat(np.arange(flat.num_ranks), np.diff(flat.first)).tolist()
+    movable = list(range(flat.num_ranks))
+    while movable:
+        rank = movable.pop()
+        time, batch, stop = clock[rank], cursor[rank], bounds[rank + 1]
+        while batch < stop and meeting_of[batch] < 0:
+            start[batch] = time
+            time += own[batch]
+            end[batch] = time
+            batch += 1
+        clock[rank], cursor[rank] = time, batch
+        if batch == stop:
+            continue
+        number = meeting_of[batch]
+        ready[number] = max(ready[number], time)
+        missing[number] -= 1
+        if missing[number]:
+            continue
+        group = groups[number]
+        finish = ready[number] + max(own[member] for member in group)
+        for member in group:
+            start[member], end[member] = ready[number], finish
+            other = rank_of[member]
+            clock[other], cursor[other] = finish, member + 1
+            movable.append(other)
+    if any(place < stop for place, stop in zip(cursor, bounds[1:], strict=True)):
+        stuck = next(r for r in range(flat.num_ranks) if cursor[r] < bounds[r + 1])
+        raise PlanError(
+            f"the plan blocks: rank {stuck} waits in micro-batch {cursor[stuck] - bounds[stuck]} "
+            "for a rank that waits for it"
+        )
+    return Timeline(np.array(start), np.array(end))

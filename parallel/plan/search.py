@@ -1,0 +1,201 @@
+"""The plan of ranks that wait only at meetings: blocks of shared sequences, whole ones between.
+
+Shared sequences are placed first (`blocks`), whole ones fill what is left (`fill`). How wide blocks
+should be and which short sequences are better shared cannot be known beforehand: several ways are
+tried, in one order, until one comes near the bound (`bound`) or enough has been tried. The best is
+cut (`cuts`) and packed into micro-batches of at most C tokens.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parallel.plan.blocks import Schedule, Style, place_blocks
+from parallel.plan.bound import bound_seconds
+from parallel.plan.candidates import Candidate, make_candidates
+from parallel.plan.cost import CostModel
+from parallel.plan.cuts import cut, even_shares
+from parallel.plan.fill import Fill, fill
+from parallel.plan.records import MicroBatch, Piece, StepPlan
+
+# A plan this much over the bound is taken at once.
+_GOOD_ENOUGH = 1.003
+# Sequences placed, of all tries together, after which the best is taken; two tries there are.
+_EFFORT = 6000
+_RANDOM_STYLES = 60
+
+
+@dataclass(slots=True)
+class _Try:
+    """One layout and what it comes to."""
+
+    step_seconds: float
+    schedule: Schedule
+    filled: Fill
+
+
+def plan_free(
+    lengths: Sequence[int], *, num_ranks: int, tokens_per_rank: int, cost_model: CostModel
+) -> StepPlan:
+    """Plan a step of sequences that num_ranks ranks can hold; ranks run at their own pace."""
+    search = _Search(lengths, num_ranks, tokens_per_rank, cost_model)
+    return search.build(search.best())
+
+
+class _Search:
+    """The lengths and limits of one step, and the tries."""
+
+    def __init__(
+        self, lengths: Sequence[int], num_ranks: int, tokens_per_rank: int, cost_model: CostModel
+    ) -> None:
+        self.lengths = lengths
+        self.num_ranks = num_ranks
+        self.capacity = tokens_per_rank
+        self.cost_model = cost_model
+        self.target = bound_seconds(
+            lengths, cost_model, num_ranks=num_ranks, tokens_per_rank=tokens_per_rank
+        )
+        length = np.asarray(lengths, dtype=np.int64)
+        self.longest_first = np.argsort(-length, kind="stable").tolist()
+        # A whole sequence fills its part of a micro-batch and pays that part of g.
+        self.seconds = (
+            cost_model.lengths_seconds(lengths)
+            + cost_model.fixed_seconds * length / tokens_per_rank
+        ).tolist()
+
+    def best(self) -> _Try:
+        best: _Try | None = None
+        effort = 0
+        for candidates, whole, style in self._ways():
+            schedule = place_blocks(
+                candidates,
+                num_ranks=self.num_ranks,
+                target=self.target,
+                waiting_weight=0.5,
+                style=style,
+            )
+            effort += len(candidates) + 1
+            if best is None or self._hope(schedule, whole) < best.step_seconds:
+                found = self._fill(schedule, whole)
+                effort += len(whole)
+                if best is None or found.step_seconds < best.step_seconds:
+                    best = found
+            if best.step_seconds <= _GOOD_ENOUGH * self.target or effort > max(
+                _EFFORT, 1.5 * len(self.lengths)
+            ):
+                break
+        assert best is not None
+        return best
+
+    def _ways(self) -> Iterator[tuple[list[Candidate], list[int], Style]]:
+        """Which sequences to share, and how many ranks to choose; the likeliest first."""
+        splits: dict[tuple[float, float], tuple[list[Candidate], list[int]]] = {}
+
+        def split(alone: float, share: float) -> tuple[list[Candidate], list[int]]:
+            if (alone, share) not in splits:
+                splits[alone, share] = self._split(alone * self.target, share)
+            return splits[alone, share]
+
+        def most(options: Sequence[int]) -> int:
+            return options[-1]
+
+        def fewest(options: Sequence[int]) -> int:
+            return options[0]
+
+        def middle(options: Sequence[int]) -> int:
+            return options[len(options) // 2]
+
+        for style in (most, fewest, middle):
+            yield *split(1.0, 0.003), style
+        for alone, share in ((1.0, 0.02), (0.3, 0.02)):
+            for style in (most, fewest):
+                yield *split(alone, share), style
+        # The same choices in every process.
+        generator = random.Random(0)
+        for number in range(_RANDOM_STYLES):
+            yield *split((1.0, 0.3, 0.1)[number % 3], (0.003, 0.02)[number % 2]), generator.choice
+
+    def _split(self, alone: float, share: float) -> tuple[list[Candidate], list[int]]:
+        """Candidates and whole sequences, longest first.
+
+        alone: seconds above which a sequence is shared although one rank holds it.
+        """
+        first = len(self.longest_first)
+        for place, index in enumerate(self.longest_first):
+            if self.lengths[index] <= self.capacity and self.seconds[index] <= alone:
+                first = place
+                break
+        shared, whole = self.longest_first[:first], self.longest_first[first:]
+        lengths = [self.lengths[index] for index in shared]
+        candidates = make_candidates(
+            shared,
+            lengths,
+            [-(-length // self.capacity) for length in lengths],
+            num_ranks=self.num_ranks,
+            cost_model=self.cost_model,
+            communication_share=share,
+            target=self.target,
+        )
+        return candidates, whole
+
+    def _hope(self, schedule: Schedule, whole: Sequence[int]) -> float:
+        """The step if whole sequences filled everything evenly."""
+        rest = sum(self.seconds[index] for index in whole)
+        return max(*schedule.busy, 0.0, self._mean(schedule, rest))
+
+    def _mean(self, schedule: Schedule, rest: float) -> float:
+        gaps = sum(gap.seconds for gap in schedule.gaps)
+        return (sum(schedule.busy) + max(0.0, rest - gaps)) / self.num_ranks
+
+    def _fill(self, schedule: Schedule, whole: Sequence[int]) -> _Try:
+        target = max(self.target, *schedule.busy)
+        filled = fill(schedule, whole, self.seconds, target=target)
+        return _Try(max(filled.busy), schedule, filled)
+
+    def build(self, chosen: _Try) -> StepPlan:
+        """Cut, pack and write down."""
+        schedule, filled = chosen.schedule, chosen.filled
+        batches: list[list[MicroBatch]] = [[] for _ in range(self.num_ranks)]
+        before = {
+            (gap.rank, gap.block): inside
+            for gap, inside in zip(schedule.gaps, filled.in_gaps, strict=True)
+            if inside
+        }
+        ulysses = []
+        for number, block in enumerate(schedule.blocks):
+            length = self.lengths[block.sequence]
+            num_ranks = len(block.ranks)
+            if self.cost_model.prefers_ulysses(length, num_ranks):
+                ulysses.append(block.sequence)
+            pieces = cut(block.sequence, even_shares(length, num_ranks))
+            for rank, part in zip(block.ranks, pieces, strict=True):
+                if before and (rank, number) in before:
+                    batches[rank] += self._pack(before[rank, number])
+                batches[rank].append(MicroBatch(part))
+        for rank, sequences in enumerate(filled.at_end):
+            batches[rank] += self._pack(sequences)
+        return StepPlan(
+            lengths=tuple(self.lengths),
+            tokens_per_rank=self.capacity,
+            micro_batches=tuple(map(tuple, batches)),
+            ulysses=tuple(sorted(ulysses)),
+        )
+
+    def _pack(self, sequences: Sequence[int]) -> list[MicroBatch]:
+        """First fit, longest first."""
+        lengths = self.lengths
+        bins: list[list[Piece]] = []
+        rooms: list[int] = []
+        for sequence in sorted(sequences, key=lambda i: (-lengths[i], i)):
+            length = lengths[sequence]
+            for place, room in enumerate(rooms):
+                if room >= length:
+                    rooms[place] = room - length
+                    bins[place].append(Piece(sequence, 0, length))
+                    break
+            else:
+                rooms.append(self.capacity - length)
+                bins.append([Piece(sequence, 0, length)])
+        return [MicroBatch(tuple(pieces)) for pieces in bins]

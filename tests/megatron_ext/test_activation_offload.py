@@ -1,0 +1,157 @@
+"""Offload under megatron's schedules: every loss and gradient is what it is without, bit for bit.
+
+Copies happen as late as they may (`LateLink`), so a missing wait would show.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parallel.offload.late_link import LateLink
+from tests.rank_pool import Ranks
+
+VOCAB_SIZE = 128
+CPU = torch.device("cpu")
+
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2}
+FULL = {"recompute_granularity": "full"}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+
+# (world size, parallel section, layers): no rank has less than three layers.
+LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
+    "one rank": (1, {}, 4),
+    "one rank, recompute full": (1, FULL, 4),
+    "one rank, recompute two layers together": (1, FULL | {"recompute_num_layers": 2}, 6),
+    "one rank, recompute selective": (1, SELECTIVE, 4),
+    "PP2": (2, PP2, 8),
+    "PP2, recompute full": (2, PP2 | FULL, 8),
+    "PP2 interleaved": (2, VPP2, 8),
+    "PP2 interleaved, recompute selective": (2, VPP2 | SELECTIVE, 8),
+    "TP2": (2, TP2, 4),
+    "TP2+SP": (2, TP2 | {"sequence_parallel": True}, 4),
+    "TP2+SPxPP2, recompute full": (4, TP2 | PP2 | FULL | {"sequence_parallel": True}, 8),
+}
+# Of a micro-batch its tokens (the row is longer) and its ratio; one is empty.
+BATCHES = [(200, 0.3), (0, 0.5), (128, 1.0), (250, 0.0), (90, 0.5), (256, 1.0)]
+
+
+def make_batches(ratios: list[float]) -> list[Any]:
+    from megatron_ext.batch import pack
+    from parallel.plan.records import Piece
+    from parallel.plan.rings import RowLayout
+
+    random = np.random.default_rng(0)
+    batches = []
+    for (num_tokens, _), ratio in zip(BATCHES, ratios, strict=True):
+        lengths = [num_tokens // 3, num_tokens - num_tokens // 3] if num_tokens else []
+        pieces = [
+            (random.integers(0, VOCAB_SIZE, n), random.integers(0, VOCAB_SIZE, n)) for n in lengths
+        ]
+        layout = RowLayout(
+            whole=tuple(Piece(index, 0, n) for index, n in enumerate(lengths)),
+            rings=(),
+            rank=0,
+            offload_ratio=ratio,
+        )
+        batches.append(pack(pieces, layout, num_tokens=256, head_dim=8, rotary_base=10000.0))
+    return batches
+
+
+def build(parallel: dict[str, Any], num_layers: int, dtype: str) -> tuple[Any, Any, Any]:
+    """(mesh, wrapped model chunks, reader)."""
+    import torch.distributed as dist
+
+    from megatron_ext.mesh import start_mesh
+    from megatron_ext.model import build_model, wrap_data_parallel
+    from megatron_ext.step import connect_gradients
+    from megatron_ext.training_data import BatchReader
+    from tests.megatron_ext.tiny_run import tiny_config, tiny_tree
+
+    tree = tiny_tree(
+        Path("unread"),
+        Path("unread"),
+        parallel=parallel,
+        model={"num_layers": num_layers},
+        precision={"dtype": dtype},
+    )
+    config = tiny_config(tree, dist.get_world_size())
+    mesh = start_mesh(config)
+    chunks = wrap_data_parallel(
+        build_model(
+            config,
+            mesh=mesh,
+            vocab_size=VOCAB_SIZE,
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+            is_cuda=False,
+        ),
+        config,
+    )
+    connect_gradients(chunks)
+    return mesh, chunks, BatchReader.for_model(config, mesh=mesh, device=CPU)
+
+
+def step(chunks: Any, reader: Any, ratios: list[float]) -> list[torch.Tensor]:
+    """The loss and the gradients of all weights of this rank."""
+    from megatron_ext.step import run_micro_batches
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    loss = run_micro_batches(chunks, make_batches(ratios), reader=reader, z_loss_coeff=1e-4)
+    grads = [parameter.main_grad.clone() for c in chunks for parameter in c.parameters()]
+    return [torch.tensor(loss.loss_sum, dtype=torch.float64), *grads]
+
+
+def compare(
+    parallel: dict[str, Any], num_layers: int, dtype: str, cases: list[list[float]]
+) -> list[tuple[bool, Any]]:
+    """For each case: whether it equals no offload bit for bit, and what was moved."""
+    from megatron_ext.activation_offload import install_offload
+    from megatron_ext.mesh import stop_mesh
+    from parallel.offload.traffic import Traffic
+
+    torch.set_num_threads(1)
+    try:
+        _, chunks, reader = build(parallel, num_layers, dtype)
+        wanted = step(chunks, reader, [0.0] * len(BATCHES))
+        link = LateLink()
+        offload = install_offload(
+            chunks, device=CPU, traffic=Traffic(CPU, link=link, page_bytes=1 << 13)
+        )
+        results = []
+        for ratios in cases:
+            found = step(chunks, reader, ratios)
+            count = offload.end_step()
+            assert link.num_under_way == 0
+            results.append((all(map(torch.equal, found, wanted)), count))
+        offload.remove()
+        again = step(chunks, reader, [0.5] * len(BATCHES))
+        assert all(map(torch.equal, again, wanted))
+        assert offload.end_step().offloaded_bytes == 0
+    finally:
+        stop_mesh()
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_no_offload(ranks: Ranks, layout: str, dtype: str) -> None:
+    world_size, parallel, num_layers = LAYOUTS[layout]
+    cases = [
+        [ratio for _, ratio in BATCHES],
+        *([ratio] * len(BATCHES) for ratio in (0.0, 0.3, 0.5, 1.0)),
+    ]
+    reports = ranks.run(world_size, compare, parallel, num_layers, dtype, cases, megatron=True)
+    for report in reports:
+        moved = [count.offloaded_bytes for _, count in report]
+        assert [is_equal for is_equal, _ in report] == [True] * len(cases)
+        assert moved[1] == 0
+        assert 0 < moved[2] < moved[3] < moved[4]
+        assert moved[2] < moved[0] < moved[4]
+        assert abs(moved[3] / moved[4] - 0.5) < 0.02

@@ -1,0 +1,75 @@
+"""Cutting sequences head to tail, and who shares what with whom."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.errors import PlanError
+from parallel.plan.records import MicroBatch, Piece, StepPlan
+from parallel.plan.rings import row_layouts
+from parallel.plan.split import head_tail_pieces, largest_share
+
+
+@given(length=st.integers(0, 500), num_ranks=st.integers(1, 24))
+def test_head_tail_pieces_cover_the_sequence_and_are_even(length: int, num_ranks: int) -> None:
+    shares = head_tail_pieces(3, length, num_ranks)
+    assert len(shares) == num_ranks
+    tokens = sorted(
+        token for pieces in shares for piece in pieces for token in range(piece.start, piece.end)
+    )
+    assert tokens == list(range(length))
+    sizes = [sum(piece.num_tokens for piece in pieces) for pieces in shares]
+    # Two parts each, and parts differ by one token at most.
+    assert max(sizes) - min(sizes) <= 2
+    assert max(sizes) == largest_share(length, num_ranks)
+    for pieces in shares:
+        assert list(pieces) == sorted(pieces, key=lambda piece: piece.start)
+        assert all(left.end < right.start for left, right in pairwise(pieces))
+
+
+@given(num_ranks=st.integers(1, 8), tokens_per_part=st.integers(1, 20))
+def test_head_tail_pieces_have_equal_work(num_ranks: int, tokens_per_part: int) -> None:
+    """Pairs of query and key on each rank are the same where the parts are of equal length."""
+    length = 2 * num_ranks * tokens_per_part
+    pairs = {
+        sum(token + 1 for piece in pieces for token in range(piece.start, piece.end))
+        for pieces in head_tail_pieces(0, length, num_ranks)
+    }
+    assert len(pairs) == 1
+
+
+def plan_of(*ranks: list[tuple[Piece, ...]], lengths: tuple[int, ...]) -> StepPlan:
+    batches = tuple(tuple(MicroBatch(pieces) for pieces in rank) for rank in ranks)
+    return StepPlan(lengths=lengths, tokens_per_rank=100, micro_batches=batches)
+
+
+def test_layout_has_whole_sequences_first_then_rings() -> None:
+    # In ring order: sequence 1 on ranks 2 and 0, sequence 2 on 0, 1, 2, sequence 3 on 2 and 0.
+    plan = plan_of(
+        [(Piece(1, 4, 8), Piece(0, 0, 5), Piece(2, 0, 3), Piece(3, 2, 4))],
+        [(Piece(2, 3, 6),)],
+        [(Piece(3, 0, 2), Piece(1, 0, 4), Piece(2, 6, 9))],
+        lengths=(5, 8, 9, 4),
+    )
+    (layout,) = row_layouts(plan, 0)
+    assert layout.whole == (Piece(0, 0, 5),)
+    assert [ring.ranks for ring in layout.rings] == [(0, 1, 2), (2, 0)]
+    both = layout.rings[1]
+    assert both.pieces == (
+        ((Piece(1, 0, 4),), (Piece(3, 0, 2),)),
+        ((Piece(1, 4, 8),), (Piece(3, 2, 4),)),
+    )
+    assert layout.pieces == (Piece(0, 0, 5), Piece(2, 0, 3), Piece(1, 4, 8), Piece(3, 2, 4))
+    (other,) = row_layouts(plan, 2)
+    assert other.rings == layout.rings
+    assert other.pieces == (Piece(2, 6, 9), Piece(1, 0, 4), Piece(3, 0, 2))
+
+
+def test_two_micro_batches_with_one_sequence_are_refused() -> None:
+    plan = plan_of([(Piece(0, 0, 2),), (Piece(0, 2, 4),)], [(Piece(0, 4, 6),)], lengths=(6,))
+    with pytest.raises(PlanError, match="rank 0 holds pieces of sequence 0 in micro-batches 0 and"):
+        row_layouts(plan, 1)
