@@ -22,20 +22,21 @@ from megatron_ext.batch import PackedDocuments
 from megatron_ext.model import unwrap
 from parallel.offload.forward_pass import ForwardPass
 from parallel.offload.offload import Offload
-from parallel.offload.traffic import OffloadCount, Traffic
+from parallel.offload.shuttle import OffloadCount, Shuttle
 
 
 class ActivationOffload:
     """What `install_offload` put around the decoders of this rank."""
 
-    def __init__(self, chunks: Sequence[nn.Module], traffic: Traffic) -> None:
-        decoders: list[TransformerBlock] = [unwrap(chunk).decoder for chunk in chunks]
+    def __init__(self, chunks: Sequence[nn.Module], shuttle: Shuttle) -> None:
+        models = [unwrap(chunk) for chunk in chunks]
+        decoders: list[TransformerBlock] = [model.decoder for model in models]
         config = decoders[0].config
         self._num_started: Counter[int] = Counter()
         self._offload = Offload(
-            traffic,
+            shuttle,
             num_layers=sum(len(decoder.layers) for decoder in decoders),
-            weights=chain.from_iterable((*c.parameters(), *c.buffers()) for c in chunks),
+            weights=chain.from_iterable((*m.parameters(), *m.buffers()) for m in models),
             successor=InterleavedOrder(
                 num_chunks=len(chunks),
                 group_size=config.microbatch_group_size_per_vp_stage
@@ -62,16 +63,16 @@ class ActivationOffload:
 
 
 def install_offload(
-    chunks: Sequence[nn.Module], *, device: torch.device, traffic: Traffic | None = None
+    chunks: Sequence[nn.Module], *, device: torch.device, shuttle: Shuttle | None = None
 ) -> ActivationOffload:
     """Let micro-batches with an `offload_ratio` keep part of their activations on the host.
 
     Args:
         chunks: this rank's model chunks, in the order in which it runs them; wrapped or not.
         device: where the model is.
-        traffic: how bytes travel; by default as the device can.
+        shuttle: how bytes travel; by default as the device can.
     """
-    return ActivationOffload(chunks, traffic or Traffic(device))
+    return ActivationOffload(chunks, shuttle or Shuttle(device))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class _WatchedDecoder:
         assert row is not None
         with self._offload.forward_pass(
             documents.offload_ratio,
-            num_tokens=self._token_dims(row.shape[0]),
+            num_tokens=self._token_dims(row.shape[0], documents),
             # The schedule holds what it received until its gradient goes back.
             shared=[*tensors_in((args, kwargs)), *received],
             name=name,
@@ -154,12 +155,20 @@ class _WatchedDecoder:
             finally:
                 self._running = None
 
-    def _token_dims(self, num_local_tokens: int) -> list[int]:
-        """First dims of the layers' tensors: with sequence parallelism attention sees the row."""
+    def _token_dims(self, num_local_tokens: int, documents: PackedDocuments) -> list[int]:
+        """First dims of the layers' tensors that hold tokens.
+
+        With sequence parallelism attention sees the whole row, and where ranks exchange heads all
+        tokens of a ring.
+        """
         config = self._decoder.config
-        if not config.sequence_parallel:
-            return [num_local_tokens]
-        return [num_local_tokens, num_local_tokens * config.tensor_model_parallel_size]
+        factor = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        rings = documents.rows.ulysses if documents.rows is not None else ()
+        return [
+            num_local_tokens,
+            num_local_tokens * factor,
+            *(ring.source.shape[0] for ring in rings),
+        ]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

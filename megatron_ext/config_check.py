@@ -298,3 +298,10 @@ def _planner_rules(config: Config, dp: int) -> Iterator[str]:
                 f"(parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}); "
                 "use parallel.planner=hdp"
             )
+        if parallel.num_expert_data_ranks > 1:
+            yield (
+                "parallel.planner=megatron gives ranks different numbers of micro-batches, which "
+                "experts spread over data-parallel ranks do not allow "
+                f"(parallel.expert_model_parallel_size={parallel.expert_model_parallel_size}); use "
+                "parallel.planner=hdp"
+            )

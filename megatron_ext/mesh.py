@@ -84,6 +84,8 @@ def start_mesh(config: Config) -> Mesh:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=config.launch.timeout_seconds / 60.0,
     )
+    # NCCL and RCCL want all ranks of a group there before two of them talk alone.
+    dist.barrier(group=parallel_state.get_data_parallel_group())
     tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
     expert_group = parallel_state.get_expert_model_parallel_group()
     expert_data_group = parallel_state.get_expert_data_parallel_group()

@@ -13,6 +13,7 @@ from megatron_ext.config import Config
 from megatron_ext.hybrid_cp_planner import plan_hybrid_cp
 from parallel.plan.cost import CostModel
 from parallel.plan.hdp import plan_hdp
+from parallel.plan.meetings import check_order
 from parallel.plan.packing import plan_packing
 from parallel.plan.records import StepPlan
 from parallel.plan.static_cp import plan_static_cp
@@ -21,7 +22,24 @@ from parallel.plan.static_cp import plan_static_cp
 def plan_step(
     lengths: Sequence[int], config: Config, *, num_data_ranks: int, cost_model: CostModel
 ) -> StepPlan:
-    """The plan of one step; the same on every rank."""
+    """The plan of one step, the same on every rank, with the proof that no rank waits for ever.
+
+    Raises:
+        PlanError: the planner cannot plan this, or its plan breaks the ordering rule.
+    """
+    plan = _ask_planner(lengths, config, num_data_ranks=num_data_ranks, cost_model=cost_model)
+    check_order(
+        plan,
+        num_pipeline_stages=config.parallel.pipeline_model_parallel_size,
+        num_model_chunks=config.parallel.virtual_pipeline_model_parallel_size or 1,
+        expert_parallel_size=config.parallel.num_expert_data_ranks,
+    )
+    return plan
+
+
+def _ask_planner(
+    lengths: Sequence[int], config: Config, *, num_data_ranks: int, cost_model: CostModel
+) -> StepPlan:
     parallel = config.parallel
     capacity = config.data.micro_batch_tokens
     is_interleaved = (parallel.virtual_pipeline_model_parallel_size or 1) > 1

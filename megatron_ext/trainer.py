@@ -100,6 +100,10 @@ def train_step(run: Run) -> Record:
     prepared = run.loader.take(is_last=run.step + 1 >= config.train.train_iters)
     plan = prepared.plan
     agree_on_plan(prepared.digest, device=run.device.device)
+    if config.parallel.planner != "packing":
+        # Gathering inside the first forward waits for all ranks, and one of them may first have to
+        # meet another in its second micro-batch.
+        gather_parameters(run.chunks)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()

@@ -53,7 +53,7 @@ def blocked_forward(
     output, query: [length, num_heads, head_dim]; key, value: [length, num_query_groups, head_dim];
     mask: from `causal_mask`.
     """
-    for part in _parts(query, key):
+    for part in parts(query, key):
         keys, values = part.rows(key), part.rows(value)
         for start, end in part.blocks:
             queries = part.rows(query, start, end)
@@ -78,7 +78,7 @@ def blocked_backward(
     """
     grad_query, grad_key, grad_value = grads
     accumulate_dtype = torch.promote_types(query.dtype, torch.float32)
-    for part in _parts(query, key):
+    for part in parts(query, key):
         keys, values = part.rows(key), part.rows(value)
         grad_keys = grad_values = None
         # From the last block to the first: the last one sees every key, so its share is where
@@ -92,10 +92,10 @@ def blocked_backward(
                 grad_probabilities, probabilities, -1, probabilities.dtype
             )
             part.write(
-                grad_query, _scaled_bmm(grad_scores, keys[:, :end], softmax_scale), start, end
+                grad_query, scaled_bmm(grad_scores, keys[:, :end], softmax_scale), start, end
             )
 
-            share_of_keys = _scaled_bmm(grad_scores.transpose(1, 2), queries, softmax_scale)
+            share_of_keys = scaled_bmm(grad_scores.transpose(1, 2), queries, softmax_scale)
             share_of_values = torch.bmm(probabilities.transpose(1, 2), grad_rows)
             if grad_keys is None or grad_values is None:
                 grad_keys = share_of_keys.to(accumulate_dtype)
@@ -110,7 +110,7 @@ def blocked_backward(
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """Some key/value groups of one document, and the blocks of its queries."""
 
     num_groups: int
@@ -146,22 +146,26 @@ class _Part:
         return split[:, self.groups].permute(1, 2, 0, 3)
 
 
-def _parts(query: Tensor, key: Tensor) -> Iterator[_Part]:
-    """The document in parts of at most `MAX_SCORES` scores a block, and at least one group."""
-    length, num_heads, _ = query.shape
-    num_groups = key.shape[1]
-    multiple = BF16_ROWS if query.dtype == torch.bfloat16 else 1
-    filled = -(-length // multiple) * multiple
+def parts(query: Tensor, key: Tensor) -> Iterator[Part]:
+    """The queries in parts of at most `MAX_SCORES` scores a block, and at least one group."""
+    num_heads, num_groups = query.shape[1], key.shape[1]
+    filled, num_keys = filled_length(query), filled_length(key)
     blocks = [(start, min(start + QUERY_BLOCK, filled)) for start in range(0, filled, QUERY_BLOCK)]
-    scores_per_group = num_heads // num_groups * min(QUERY_BLOCK, filled) * filled
+    scores_per_group = num_heads // num_groups * min(QUERY_BLOCK, filled) * num_keys
     most = max(1, MAX_SCORES // scores_per_group)
     # A divisor, so that all parts have the same shapes.
     step = next(n for n in range(min(most, num_groups), 0, -1) if num_groups % n == 0)
     for first in range(0, num_groups, step):
-        yield _Part(num_groups, slice(first, first + step), blocks)
+        yield Part(num_groups, slice(first, first + step), blocks)
 
 
-def _scaled_bmm(left: Tensor, right: Tensor, scale: float) -> Tensor:
+def filled_length(x: Tensor) -> int:
+    """Rows of [length, heads, head_dim] with those filled up."""
+    multiple = BF16_ROWS if x.dtype == torch.bfloat16 else 1
+    return -(-x.shape[0] // multiple) * multiple
+
+
+def scaled_bmm(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left @ right; with beta=0 the first argument of baddbmm is never read."""
     product = left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
     return torch.baddbmm(product, left, right, beta=0, alpha=scale, out=product)
@@ -171,7 +175,7 @@ def _probabilities(
     queries: Tensor, keys: Tensor, start: int, end: int, softmax_scale: float, mask: Tensor
 ) -> Tensor:
     """softmax of queries start..end against keys 0..end: [groups, heads per group * block, end]."""
-    scores = _scaled_bmm(queries, keys[:, :end].transpose(1, 2), softmax_scale)
+    scores = scaled_bmm(queries, keys[:, :end].transpose(1, 2), softmax_scale)
     block = end - start
     diagonal = scores.view(queries.shape[0], -1, block, end)[..., start:]
     diagonal.add_(mask[:block, :block])

@@ -3,10 +3,13 @@
 It is built from source and never required: where it is missing, torch's own flash kernels serve.
 """
 
+import inspect
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +72,91 @@ def flash_attn_attention(
         softmax_scale=softmax_scale,
         causal=True,
     )
+
+
+@cache
+def has_flash_attn_blocks() -> Availability:
+    """Whether flash-attn also gives log-sum-exps and takes them in backward, as rings need it."""
+    if not has_flash_attn():
+        return has_flash_attn()
+    try:
+        from flash_attn import flash_attn_interface
+
+        parameters = inspect.signature(
+            flash_attn_interface._flash_attn_varlen_forward
+        ).parameters.keys()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        return Availability(False, f"{has_flash_attn().reason} hides its varlen operators: {error}")
+    if "window_size_left" not in parameters:
+        return Availability(
+            False, f"{has_flash_attn().reason} has older varlen operators; 2.7 has these"
+        )
+    return has_flash_attn()
+
+
+def flash_attn_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlens: tuple[int, int],
+    softmax_scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `torch_flash_block`; needs `has_flash_attn_blocks`."""
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    head_dim = query.shape[-1]
+    output, log_sum_exp, *_ = _flash_attn_varlen_forward(
+        *(_fitting(x) for x in (query, key, value)),
+        *cu_seqlens,
+        *max_seqlens,
+        dropout_p=0.0,
+        softmax_scale=softmax_scale,
+        causal=is_causal,
+    )
+    return output[..., :head_dim], log_sum_exp
+
+
+def flash_attn_block_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlens: tuple[int, int],
+    softmax_scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `torch_flash_block_backward`; needs `has_flash_attn_blocks`."""
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+    head_dim = query.shape[-1]
+    inputs = [_fitting(x) for x in (grad_output, query, key, value, output)]
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[1:4]]
+    _flash_attn_varlen_backward(
+        *inputs,
+        log_sum_exp.contiguous(),
+        *grads,
+        *cu_seqlens,
+        *max_seqlens,
+        dropout_p=0.0,
+        softmax_scale=softmax_scale,
+        causal=is_causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+    )
+    grad_query, grad_key, grad_value = (grad[..., :head_dim] for grad in grads)
+    return grad_query, grad_key, grad_value
+
+
+def _fitting(x: Tensor) -> Tensor:
+    padding = -x.shape[-1] % 8
+    return functional.pad(x, (0, padding)) if padding else x

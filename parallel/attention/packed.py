@@ -1,8 +1,8 @@
 """The one call for attention over a row that may hold pieces of shared sequences.
 
 Whole documents are computed here alone, as by `varlen_attention`; for a sequence that several
-ranks hold, they exchange keys and values (`ring`) or heads (`ulysses`). All ranks of a ring make
-the same calls in the same order, forward and backward.
+ranks hold, they pass keys and values round (`ring`) or exchange heads (`ulysses`). All ranks of a
+ring make the same calls in the same order, forward and backward.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from parallel.attention.attention import varlen_attention
 from parallel.attention.block import Attended, BlockKernels
-from parallel.attention.block_loop import LoopBlocks
+from parallel.attention.block_choice import choose_blocks
 from parallel.attention.local import Backend
-from parallel.attention.ring import RingPass
+from parallel.attention.shared_pass import SavedHeads, SharedPass
 from parallel.attention.shared_rows import SharedRows
 from parallel.comm.exchange import Exchange
 
@@ -35,11 +35,16 @@ def packed_attention(
     query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_query_groups, head_dim],
     as for `varlen_attention`; num_tokens is at least rows.num_rows, and what lies behind is
     padding, with output 0 and gradient 0.
-    exchange: the way to the other ranks; None where nothing is shared.
+    exchange: the way to the other ranks; None where nothing is shared. It counts what is sent.
     softmax_scale: head_dim ** -0.5 where not given.
-    backend: a name from `parallel.attention.local`.
+    backend: a name from `parallel.attention.local`; shared sequences cannot use "sdpa".
 
-    Returns [num_tokens, num_heads, head_dim] in query's dtype.
+    Kept for backward: query, key, value, output and log-sum-exp; of a ring that exchanges heads
+    also this rank's heads of its tokens.
+
+    Returns [num_tokens, num_heads, head_dim] in query's dtype. Raises ValueError for shapes that
+    do not fit, for a backend that cannot run here, and for a ring that exchanges heads and does not
+    divide the number of query groups.
     """
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if not rows.is_shared:
@@ -53,14 +58,30 @@ def packed_attention(
             max_seqlen=whole.max_seqlen,
             softmax_scale=scale,
             backend=backend,
-            num_document_tokens=whole.cu_seqlens[-1],
+            num_document_tokens=whole.num_tokens,
         )
+    _check(query, key, rows)
     assert exchange is not None, "shared sequences need an exchange"
-    kernels: BlockKernels = LoopBlocks(
-        "reference" if backend == "reference" else "per_document", scale
+    kernels = choose_blocks(
+        backend,
+        device_type=query.device.type,
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        softmax_scale=scale,
     )
-    output: Tensor = _PackedAttention.apply(query, key, value, rows, exchange, kernels)  # type: ignore[no-untyped-call]
-    return output
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return _PackedAttention.apply(query, key, value, rows, exchange, kernels)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _check(query: Tensor, key: Tensor, rows: SharedRows) -> None:
+    if query.shape[0] < rows.num_rows:
+        raise ValueError(f"{query.shape[0]} tokens are given, and {rows.num_rows} belong to pieces")
+    for ring in rows.ulysses:
+        if key.shape[1] % len(ring.ranks):
+            raise ValueError(
+                f"the {len(ring.ranks)} ranks {ring.ranks} cannot exchange {key.shape[1]} query "
+                "groups: their number must divide that of the groups"
+            )
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -74,16 +95,20 @@ class _PackedAttention(torch.autograd.Function):
         exchange: Exchange,
         kernels: BlockKernels,
     ) -> Tensor:
-        ring_pass = RingPass(rows, exchange, kernels)
-        output, log_sum_exp = ring_pass.forward(query, key, value)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
-        ctx.ring_pass = ring_pass
-        return output
+        shared_pass = SharedPass(rows, exchange, kernels)
+        answer = shared_pass.forward(query, key, value)
+        heads = [tensor for saved in answer.heads for tensor in saved.tensors()]
+        ctx.save_for_backward(query, key, value, answer.output, answer.log_sum_exp, *heads)
+        ctx.shared_pass = shared_pass
+        return answer.output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, log_sum_exp = ctx.saved_tensors
+        query, key, value, output, log_sum_exp, *heads = ctx.saved_tensors
+        if grad_output.stride(-1) != 1:
+            grad_output = grad_output.contiguous()
+        saved = [SavedHeads(*heads[first : first + 5]) for first in range(0, len(heads), 5)]
         attended = Attended(grad_output, query, output, log_sum_exp)
-        gradients = ctx.ring_pass.backward(attended, key, value)
+        gradients = ctx.shared_pass.backward(attended, key, value, tuple(saved))
         return *gradients, None, None, None

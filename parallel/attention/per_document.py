@@ -4,6 +4,7 @@ This is the CPU's way: kernels there take one document at a time, and a call cos
 Documents touch disjoint rows, so nothing a document holds can reach another one's bits.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal
 
@@ -33,12 +34,71 @@ def per_document_attention(
     `kernel` None takes the faster one for each length. "torch_flash" is for CPU tensors only.
     Returns [num_tokens, num_heads, head_dim].
     """
-    fastest = _blocked_lengths(query.dtype)
-    kernels = tuple(
-        kernel or ("blocked" if end - start in fastest else "torch_flash") for start, end in ranges
-    )
+    kernels = document_kernels(ranges, query.dtype) if kernel is None else (kernel,) * len(ranges)
     query, key, value = (_inner_contiguous(x) for x in (query, key, value))
     return _PerDocument.apply(query, key, value, ranges, kernels, softmax_scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def document_kernels(
+    ranges: tuple[tuple[int, int], ...], dtype: torch.dtype
+) -> tuple[DocumentKernel, ...]:
+    """The faster kernel for each document."""
+    fastest = _blocked_lengths(dtype)
+    return tuple("blocked" if end - start in fastest else "torch_flash" for start, end in ranges)
+
+
+def documents_forward(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    ranges: tuple[tuple[int, int], ...],
+    kernels: tuple[DocumentKernel, ...],
+    softmax_scale: float,
+) -> list[Tensor]:
+    """Write each document's rows of `output`; for `documents_backward`, return log-sum-exps."""
+    mask = causal_mask(query)
+    log_sum_exps = []
+    for (start, end), kernel in zip(ranges, kernels, strict=True):
+        rows = output[start:end], query[start:end], key[start:end], value[start:end]
+        if kernel == "blocked":
+            blocked_forward(*rows, softmax_scale=softmax_scale, mask=mask)
+        else:
+            log_sum_exps.append(cpu_flash_forward(*rows, softmax_scale=softmax_scale))
+    return log_sum_exps
+
+
+def documents_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    output: Tensor | None,
+    log_sum_exps: Iterable[Tensor],
+    ranges: tuple[tuple[int, int], ...],
+    kernels: tuple[DocumentKernel, ...],
+    softmax_scale: float,
+) -> None:
+    """Write each document's rows of `grads`. Only the flash kernel reads `output`."""
+    mask = causal_mask(query)
+    left = iter(log_sum_exps)
+    for (start, end), kernel in zip(ranges, kernels, strict=True):
+        rows = grad_output[start:end], query[start:end], key[start:end], value[start:end]
+        slots = grads[0][start:end], grads[1][start:end], grads[2][start:end]
+        if kernel == "blocked":
+            blocked_backward(slots, *rows, softmax_scale=softmax_scale, mask=mask)
+        else:
+            assert output is not None
+            cpu_flash_backward(
+                slots,
+                *rows,
+                output=output[start:end],
+                log_sum_exp=next(left),
+                softmax_scale=softmax_scale,
+            )
 
 
 @cache
@@ -73,43 +133,37 @@ class _PerDocument(torch.autograd.Function):
         softmax_scale: float,
     ) -> Tensor:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        mask = causal_mask(query)
-        log_sum_exps = []
-        for (start, end), kernel in zip(ranges, kernels, strict=True):
-            rows = output[start:end], query[start:end], key[start:end], value[start:end]
-            if kernel == "blocked":
-                blocked_forward(*rows, softmax_scale=softmax_scale, mask=mask)
-            else:
-                log_sum_exps.append(cpu_flash_forward(*rows, softmax_scale=softmax_scale))
+        log_sum_exps = documents_forward(
+            output, query, key, value, ranges=ranges, kernels=kernels, softmax_scale=softmax_scale
+        )
         _zero_behind_last(output, ranges)
         # Only the flash kernel reads its own output again.
         saved = (output, *log_sum_exps) if log_sum_exps else ()
-        ctx.save_for_backward(query, key, value, mask, *saved)
+        ctx.save_for_backward(query, key, value, *saved)
         ctx.ranges, ctx.kernels, ctx.softmax_scale = ranges, kernels, softmax_scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, *saved = ctx.saved_tensors
-        grad_output = _inner_contiguous(grad_output)
-        grads = tuple(
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+        query, key, value, *saved = ctx.saved_tensors
+        grads = (
+            torch.empty(query.shape, dtype=query.dtype, device=query.device),
+            torch.empty(key.shape, dtype=key.dtype, device=key.device),
+            torch.empty(value.shape, dtype=value.dtype, device=value.device),
         )
-        log_sum_exps = iter(saved[1:])
-        for (start, end), kernel in zip(ctx.ranges, ctx.kernels, strict=True):
-            rows = grad_output[start:end], query[start:end], key[start:end], value[start:end]
-            slots = grads[0][start:end], grads[1][start:end], grads[2][start:end]
-            if kernel == "blocked":
-                blocked_backward(slots, *rows, softmax_scale=ctx.softmax_scale, mask=mask)
-            else:
-                cpu_flash_backward(
-                    slots,
-                    *rows,
-                    output=saved[0][start:end],
-                    log_sum_exp=next(log_sum_exps),
-                    softmax_scale=ctx.softmax_scale,
-                )
+        documents_backward(
+            grads,
+            _inner_contiguous(grad_output),
+            query,
+            key,
+            value,
+            output=saved[0] if saved else None,
+            log_sum_exps=saved[1:],
+            ranges=ctx.ranges,
+            kernels=ctx.kernels,
+            softmax_scale=ctx.softmax_scale,
+        )
         for grad in grads:
             _zero_behind_last(grad, ctx.ranges)
         return *grads, None, None, None

@@ -1,21 +1,12 @@
-"""Ring attention: keys and values travel from rank to rank, and each rank computes what is there.
+"""What goes round in ring attention: keys and values, and behind them their gradients.
 
-Forward merges the parts over the blocks that come by (Ring Attention, arXiv 2310.01889). Backward
-lets keys and values go round again, computes each block's probabilities from the log-sum-exp over
-all keys, and sends the sums of their gradients, in float32, one step behind the blocks until they
-are home with their owner. While a block is computed, the next one is under way; while the first
-comes, the whole documents are computed, and while the last gradients go home, the rank's own rows.
-
-What is in which round (see `parallel.comm.exchange`): round r brings the blocks of step r and the
-gradients of step r - 1. It is posted before step r - 1 is computed and awaited after it.
+Keys and values pass from rank to rank, and each rank computes what is there (Ring Attention,
+arXiv 2310.01889). In backward they go round again, and the sums of their gradients, in float32,
+follow one step behind until they are home with their owner.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
-from parallel.attention.block import Attended, BlockKernels, Gradients
 from parallel.attention.ring_steps import Transfer
 from parallel.attention.shared_rows import SharedRows
 from parallel.comm.exchange import Exchange, Message
@@ -30,7 +21,7 @@ class TravellingBlocks:
     def __init__(self, key: Tensor, value: Tensor, rows: SharedRows, exchange: Exchange) -> None:
         self._rows = rows
         num_rows = max((place.stop for _, place in rows.own_rows), default=0)
-        num_rows = max((num_rows, *(step.num_keys for step in rows.steps)))
+        num_rows = max(num_rows, *(step.num_keys for step in rows.steps), 0)
         self._buffers = tuple(
             exchange.buffer(name, (num_rows, 2, *key.shape[1:]), dtype=key.dtype, device=key.device)
             for name in ("even key and value", "odd key and value")
@@ -60,7 +51,7 @@ class TravellingGradients:
 
     def __init__(self, own: tuple[Tensor, Tensor], rows: SharedRows, exchange: Exchange) -> None:
         self._own, self._rows = own, rows
-        num_rows = max(step.num_rows for step in rows.steps)
+        num_rows = max((step.num_rows for step in rows.steps), default=0)
         shape = (num_rows, 2, *own[0].shape[1:])
         self._even, self._odd, self._received = (
             exchange.buffer(name, shape, dtype=own[0].dtype, device=own[0].device)
@@ -95,95 +86,9 @@ class TravellingGradients:
         return self._odd if step % 2 else self._even
 
 
-@dataclass(frozen=True, slots=True)
-class RingPass:
-    """Forward and backward over one micro-batch's rows; shapes as `packed_attention`."""
-
-    rows: SharedRows
-    exchange: Exchange
-    kernels: BlockKernels
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Output in query's dtype, with zeros behind the last row, and log-sum-exp."""
-        rows, shared = self.rows, self.rows.shared
-        precision = torch.promote_types(query.dtype, torch.float32)
-        output = torch.empty_like(query)
-        output[rows.num_rows :] = 0
-        log_sum_exp = query.new_empty((query.shape[1], rows.num_rows), dtype=precision)
-        # In float32 the parts are merged in the output itself.
-        merged = output[shared]
-        if merged.dtype != precision:
-            merged = torch.empty_like(merged, dtype=precision)
-        merged_log_sum_exp = log_sum_exp[:, shared]
-        own = query[shared], key[shared], value[shared]
-
-        blocks = TravellingBlocks(own[1], own[2], rows, self.exchange)
-        under_way = self.exchange.post(blocks.messages(1))
-        self.kernels.documents_forward(output, log_sum_exp, query, key, value, rows.whole)
-        for documents in rows.own:
-            self.kernels.documents_forward(merged, merged_log_sum_exp, *own, documents)
-        for step, rectangles in enumerate(rows.rectangles, start=1):
-            under_way.wait()
-            under_way = self.exchange.post(blocks.messages(step + 1))
-            keys, values = blocks.here(step)
-            self.kernels.rectangles_forward(
-                merged, merged_log_sum_exp, own[0], keys, values, rectangles
-            )
-        if merged.dtype != output.dtype:
-            output[shared] = merged
-        return output, log_sum_exp
-
-    def backward(self, attended: Attended, key: Tensor, value: Tensor) -> Gradients:
-        """Gradients of query, key and value in their dtype, zero behind the last row.
-
-        attended: of all rows, the log-sum-exp as `forward` gave it.
-        """
-        rows, shared = self.rows, self.rows.shared
-        gradients = (
-            torch.empty_like(attended.query),
-            torch.empty_like(key),
-            torch.empty_like(value),
-        )
-        for gradient in gradients:
-            gradient[rows.num_whole :] = 0
-        sums = _sums(gradients, shared)
-        own = attended.rows(shared)
-        own_key, own_value = key[shared], value[shared]
-
-        blocks = TravellingBlocks(own_key, own_value, rows, self.exchange)
-        travelling = TravellingGradients((sums[1], sums[2]), rows, self.exchange)
-        under_way = self.exchange.post(blocks.messages(1))
-        self.kernels.documents_backward(gradients, attended, key, value, rows.whole)
-        for step, rectangles in enumerate(rows.rectangles, start=1):
-            under_way.wait()
-            travelling.absorb(step - 1)
-            under_way = self.exchange.post(blocks.messages(step + 1) + travelling.messages(step))
-            keys, values = blocks.here(step)
-            self.kernels.rectangles_backward(
-                (sums[0], *travelling.cleared(step)), own, keys, values, rectangles
-            )
-        for documents in rows.own:
-            self.kernels.documents_backward(sums, own, own_key, own_value, documents)
-        under_way.wait()
-        travelling.absorb(len(rows.steps))
-        if sums[0].dtype != gradients[0].dtype:
-            for gradient, total in zip(gradients, sums, strict=True):
-                gradient[shared] = total
-        return gradients
-
-
 def _messages(sent: Tensor, received: Tensor, transfers: tuple[Transfer, ...]) -> list[Message]:
     messages = []
     for transfer in transfers:
         messages.append(Message(sent[transfer.sent], transfer.next_rank, is_sent=True))
         messages.append(Message(received[transfer.received], transfer.previous_rank, is_sent=False))
     return messages
-
-
-def _sums(gradients: Gradients, shared: slice) -> Gradients:
-    """Zeros for the shared rows, at least float32: where that is the dtype, the rows themselves."""
-    precision = torch.promote_types(gradients[0].dtype, torch.float32)
-    if gradients[0].dtype == precision:
-        return gradients[0][shared], gradients[1][shared], gradients[2][shared]
-    query, key, value = (torch.zeros_like(x[shared], dtype=precision) for x in gradients)
-    return query, key, value

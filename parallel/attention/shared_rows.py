@@ -1,18 +1,22 @@
 """One micro-batch of one rank as attention sees it, made once and used by all layers.
 
 The row of tokens holds whole documents first, then ring by ring this rank's pieces (its *shared*
-tokens), then padding. All index arithmetic of a ring pass is done here: what a layer does is
-multiply and wait.
+tokens), then padding. All index arithmetic is done here: what is left for a layer is to multiply
+and to wait.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from parallel.attention.record_tensors import moved
 from parallel.attention.ring_steps import Rectangle, RingStep, own_rows, ring_steps
+from parallel.attention.ulysses_rows import sequence_order
 from parallel.plan.rings import Ring, RowLayout
 
 
@@ -28,8 +32,12 @@ class Documents:
     """Whether these rows are all that the sequences have, on any rank."""
 
     @property
+    def num_tokens(self) -> int:
+        return self.cu_seqlens[-1]
+
+    @property
     def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + self.cu_seqlens[-1])
+        return slice(self.first_row, self.first_row + self.num_tokens)
 
     @property
     def max_seqlen(self) -> int:
@@ -45,14 +53,13 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class Rectangles:
-    """The rectangles of one step, and the same as arguments of one call of a varlen kernel."""
+    """The rectangles of one step, also as arguments of one call of a varlen kernel."""
 
     blocks: tuple[Rectangle, ...]
     query_rows: Tensor | None
-    """[num_queries] the shared rows that the kernel gets, None where these are all. On a CPU,
-    where there is no such kernel, always None."""
+    """[num_queries] the shared rows that the kernel gets, None where these are all."""
     key_rows: Tensor | None
-    """[num_keys] the rows of the step's buffer that the kernel gets, None for all."""
+    """[num_keys] the rows of the step's buffer that the kernel gets, None where these are all."""
     query_cu_seqlens: Tensor
     key_cu_seqlens: Tensor
     max_queries: int
@@ -60,23 +67,43 @@ class Rectangles:
 
 
 @dataclass(frozen=True, slots=True)
+class UlyssesRows:
+    """A ring whose ranks exchange heads: each has all tokens of some heads for a while."""
+
+    ranks: tuple[int, ...]
+    position: int
+    """Of this rank among these."""
+    own: slice
+    """This rank's shared rows of the ring."""
+    member_rows: tuple[slice, ...]
+    """For each rank its rows among those of all, as they arrive."""
+    documents: Documents
+    """The whole sequences."""
+    source: Tensor
+    """[num_tokens]: for each token, in sequence order, its row as it arrives."""
+    target: Tensor
+    """The inverse: for each row as it arrives, its place in sequence order."""
+
+
+@dataclass(frozen=True, slots=True)
 class SharedRows:
-    """See the module; rows are counted from 0 in the micro-batch, shared rows from `num_whole`."""
+    """See the module. Rows count from 0 in the micro-batch, shared rows from `num_whole`."""
 
     whole: Documents
     own: tuple[Documents, ...]
-    """This rank's rows of the rings' sequences, counted in shared rows; usually one run."""
+    """This rank's part of sequences that go round, in shared rows; each a run without a gap."""
     own_rows: tuple[tuple[slice, slice], ...]
     """For each ring its shared rows, and its rows in the buffer of the first exchange."""
     steps: tuple[RingStep, ...]
     rectangles: tuple[Rectangles, ...]
     """For each of the steps."""
+    ulysses: tuple[UlyssesRows, ...]
     num_rows: int
     """Whole and shared rows; what lies behind is padding."""
 
     @property
     def num_whole(self) -> int:
-        return self.whole.cu_seqlens[-1]
+        return self.whole.num_tokens
 
     @property
     def shared(self) -> slice:
@@ -86,7 +113,7 @@ class SharedRows:
     @property
     def is_shared(self) -> bool:
         """Whether any sequence is; if not, attention is local."""
-        return bool(self.own_rows)
+        return bool(self.own_rows or self.ulysses)
 
 
 def shared_rows(
@@ -97,72 +124,99 @@ def shared_rows(
 ) -> SharedRows:
     """The record of one micro-batch.
 
-    ulysses_rings: the `ranks` of those rings that exchange heads instead of keys and values; all
-    their members must say so.
+    ulysses_rings: the `ranks` of those rings that exchange heads instead of keys and values. All
+    their members must say so, and their number must divide the number of query groups.
     """
     # Two pieces of one sequence that lie side by side are one document.
     lengths = [
         sum(piece.num_tokens for piece in pieces)
         for _, pieces in groupby(layout.whole, key=lambda piece: piece.sequence)
     ]
-    whole = _documents(0, lengths, device, is_complete=True)
-    first_rows = [
-        0,
-        *accumulate(ring.num_tokens(ring.position(layout.rank)) for ring in layout.rings),
-    ]
-    rings = layout.rings
-    ring_first_rows = first_rows[:-1]
-    steps = ring_steps(rings, rank=layout.rank, first_rows=ring_first_rows)
-    num_shared = first_rows[-1]
-    return SharedRows(
-        whole=whole,
-        own=(_documents(0, _own_lengths(rings, layout.rank), device, is_complete=False),),
-        own_rows=own_rows(rings, rank=layout.rank, first_rows=ring_first_rows),
+    sizes = [ring.num_tokens(ring.position(layout.rank)) for ring in layout.rings]
+    placed = list(zip(layout.rings, accumulate(sizes, initial=0), strict=False))
+    is_ulysses = {ring: ring.ranks in ulysses_rings for ring in layout.rings}
+    travelling = [(ring, first) for ring, first in placed if not is_ulysses[ring]]
+    rings, first_rows = [ring for ring, _ in travelling], [first for _, first in travelling]
+    steps = ring_steps(rings, rank=layout.rank, first_rows=first_rows)
+
+    on_host = SharedRows(
+        whole=_documents(0, lengths, is_complete=True),
+        own=tuple(
+            _documents(first, run, is_complete=False)
+            for first, run in _runs(travelling, layout.rank)
+        ),
+        own_rows=own_rows(rings, rank=layout.rank, first_rows=first_rows),
         steps=steps,
-        rectangles=tuple(_rectangles(step, num_shared, device) for step in steps),
-        num_rows=whole.cu_seqlens[-1] + num_shared,
+        rectangles=tuple(_rectangles(step, sum(sizes)) for step in steps),
+        ulysses=tuple(
+            _ulysses(ring, layout.rank, first) for ring, first in placed if is_ulysses[ring]
+        ),
+        num_rows=sum(lengths) + sum(sizes),
     )
+    return on_host if device.type == "cpu" else moved(on_host, device)
 
 
-def _own_lengths(rings: tuple[Ring, ...], rank: int) -> list[int]:
-    return [
-        sum(piece.num_tokens for piece in pieces)
-        for ring in rings
-        for pieces in ring.pieces[ring.position(rank)]
-    ]
+def _runs(travelling: Sequence[tuple[Ring, int]], rank: int) -> list[tuple[int, list[int]]]:
+    """(first row, lengths) of this rank's rows of the rings, joined where they touch."""
+    runs: list[tuple[int, list[int]]] = []
+    for ring, first in travelling:
+        lengths = [
+            sum(piece.num_tokens for piece in pieces) for pieces in ring.pieces[ring.position(rank)]
+        ]
+        if runs and runs[-1][0] + sum(runs[-1][1]) == first:
+            runs[-1][1].extend(lengths)
+        else:
+            runs.append((first, lengths))
+    return runs
 
 
-def _documents(
-    first_row: int, lengths: list[int], device: torch.device, *, is_complete: bool
-) -> Documents:
-    borders = (0, *accumulate(lengths))
-    return Documents(first_row, borders, _int32(borders, device), is_complete)
+def _documents(first_row: int, lengths: Sequence[int], *, is_complete: bool) -> Documents:
+    borders = _borders(lengths)
+    return Documents(first_row, borders, _int32(borders), is_complete)
 
 
-def _rectangles(step: RingStep, num_shared: int, device: torch.device) -> Rectangles:
+def _rectangles(step: RingStep, num_shared: int) -> Rectangles:
     blocks = step.rectangles
     query_lengths = [block.num_queries for block in blocks]
     key_lengths = [block.num_keys for block in blocks]
     return Rectangles(
         blocks=blocks,
-        query_rows=_rows([block.queries for block in blocks], num_shared, device),
-        key_rows=_rows([block.keys for block in blocks], step.num_keys, device),
-        query_cu_seqlens=_int32((0, *accumulate(query_lengths)), device),
-        key_cu_seqlens=_int32((0, *accumulate(key_lengths)), device),
+        query_rows=_rows([block.queries for block in blocks], num_shared),
+        key_rows=_rows([block.keys for block in blocks], step.num_keys),
+        query_cu_seqlens=_int32(_borders(query_lengths)),
+        key_cu_seqlens=_int32(_borders(key_lengths)),
         max_queries=max(query_lengths, default=0),
         max_keys=max(key_lengths, default=0),
     )
 
 
-def _rows(ranges: list[slice], num_rows: int, device: torch.device) -> Tensor | None:
-    """The rows of all ranges; None on a CPU, and where these are just all rows in their order."""
-    borders = [(rows.start, rows.stop) for rows in ranges]
-    ends = [0, *(end for _, end in borders)]
-    is_all = [start for start, _ in borders] == ends[:-1] and ends[-1] == num_rows
-    if device.type == "cpu" or not borders or is_all:
+def _ulysses(ring: Ring, rank: int, first_row: int) -> UlyssesRows:
+    order = sequence_order(ring)
+    position = ring.position(rank)
+    return UlyssesRows(
+        ranks=ring.ranks,
+        position=position,
+        own=slice(first_row, first_row + ring.num_tokens(position)),
+        member_rows=order.member_rows,
+        documents=_documents(0, order.lengths, is_complete=True),
+        source=_int32(order.source),
+        target=_int32(np.argsort(order.source)),
+    )
+
+
+def _rows(ranges: Sequence[slice], num_rows: int) -> Tensor | None:
+    """The rows of all ranges, None where these are just all rows in their order."""
+    starts = [rows.start for rows in ranges]
+    ends = [0, *(rows.stop for rows in ranges)]
+    if starts == ends[:-1] and ends[-1] == num_rows:
         return None
-    return torch.cat([torch.arange(start, end) for start, end in borders]).to(device)
+    parts = [np.arange(rows.start, rows.stop) for rows in ranges]
+    return _int32(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
 
 
-def _int32(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+def _borders(lengths: Sequence[int]) -> tuple[int, ...]:
+    return tuple(accumulate(lengths, initial=0))
+
+
+def _int32(values: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int32))

@@ -5,6 +5,7 @@
 they hand out the log-sum-exp. So this module calls the operators and adds the derivative.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,3 +97,83 @@ class _TorchFlash(torch.autograd.Function):
             scale=ctx.softmax_scale,
         )
         return *grads, None, None, None
+
+
+def torch_flash_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlens: tuple[int, int],
+    softmax_scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed queries over packed keys, with log-sum-exps; without a derivative.
+
+    query: [num_queries, num_heads, head_dim]; key, value: [num_keys, num_query_groups, head_dim],
+    float16 or bfloat16. cu_seqlens, max_seqlens: of the queries and of the keys; is_causal only
+    where both are the same. Returns output as query and log-sum-exp [num_heads, num_queries].
+    """
+    head_dim = query.shape[-1]
+    query, key, value = (_fitting(x) for x in (query, key, value))
+    output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        *cu_seqlens,
+        # At 1 with grouped queries the operator takes a decoding path that has no backward.
+        max(max_seqlens[0], 2),
+        max_seqlens[1],
+        0.0,
+        is_causal,
+        False,
+        scale=softmax_scale,
+    )
+    return output[..., :head_dim], log_sum_exp
+
+
+def torch_flash_block_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlens: tuple[int, int],
+    softmax_scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """These keys' share of the gradients, from output and log-sum-exp over all keys."""
+    head_dim = query.shape[-1]
+    padded = [_fitting(x).contiguous() for x in (grad_output, query, key, value, output)]
+    grads = torch.ops.aten._flash_attention_backward(
+        *padded,
+        log_sum_exp.contiguous(),
+        *cu_seqlens,
+        max(max_seqlens[0], 2),
+        max_seqlens[1],
+        0.0,
+        is_causal,
+        *_no_dropout(query.device),
+        scale=softmax_scale,
+    )
+    grad_query, grad_key, grad_value = (grad[..., :head_dim] for grad in grads)
+    return grad_query, grad_key, grad_value
+
+
+def _fitting(x: Tensor) -> Tensor:
+    padding = -x.shape[-1] % _HEAD_DIM_MULTIPLE
+    return functional.pad(x, (0, padding)) if padding else x
+
+
+@cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """State of a random generator in the form that backward takes; without dropout unread."""
+    if torch.version.hip is not None:
+        number = torch.zeros((), dtype=torch.long, device=device)
+        return number, number
+    dtype = torch.uint64
+    return torch.zeros(2, dtype=dtype, device=device), torch.zeros((), dtype=dtype, device=device)

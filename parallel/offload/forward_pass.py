@@ -23,7 +23,7 @@ from parallel.offload.moved import (
     run_bytes,
     run_of,
 )
-from parallel.offload.traffic import Traffic
+from parallel.offload.shuttle import Shuttle
 
 # Less a token is a norm's scale or the like: not worth a copy.
 _MIN_BYTES_PER_TOKEN = 64
@@ -70,9 +70,9 @@ class ForwardPass:
     """
 
     def __init__(
-        self, rules: Rules, traffic: Traffic, *, prefetch_following: Callable[[], None]
+        self, rules: Rules, shuttle: Shuttle, *, prefetch_following: Callable[[], None]
     ) -> None:
-        self._rules, self._traffic = rules, traffic
+        self._rules, self._shuttle = rules, shuttle
         self._prefetch_following = prefetch_following
         self._layer: int | None = None
         # Those that saved anything, first to last.
@@ -124,17 +124,17 @@ class ForwardPass:
             self._prefetch_following()
 
     def arrived(self, storage: MovedStorage) -> MovedStorage:
-        self._traffic.arrive(storage)
+        self._shuttle.arrive(storage)
         return storage
 
     def _bring_back(self, layer: int) -> None:
         # What was saved last is needed first.
-        self._traffic.bring_back(reversed(self._away.pop(layer, [])))
+        self._shuttle.bring_back(reversed(self._away.pop(layer, [])))
 
     def _close_layer(self) -> None:
         saved, self._open = self._open, []
         # The layer before has had this layer's time to leave.
-        self._traffic.release()
+        self._shuttle.release()
         if self._layer is None or not saved:
             return
         self._layers.append(self._layer)
@@ -149,7 +149,7 @@ class ForwardPass:
             departure = self._departure(tensors)
             if departure.num_leaving:
                 leaving.append((departure, tensors))
-        storages = self._traffic.send(departure for departure, _ in leaving)
+        storages = self._shuttle.send(departure for departure, _ in leaving)
         for moved, (_, tensors) in zip(storages, leaving, strict=True):
             storage = tensors[0].storage
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -184,7 +184,7 @@ class ForwardPass:
     def _is_plain(self, tensor: Tensor) -> bool:
         """On the device, in one storage (a subclass may have several)."""
         is_strided = type(tensor) is Tensor and tensor.layout == torch.strided
-        return is_strided and tensor.device == self._traffic.device
+        return is_strided and tensor.device == self._shuttle.device
 
     def _is_movable(self, saved: SavedTensor) -> bool:
         return (

@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from parallel.errors import PlanError
 from parallel.offload.forward_pass import ForwardPass, Rules, SavedTensor, storage_addresses
-from parallel.offload.traffic import OffloadCount, Traffic
+from parallel.offload.shuttle import OffloadCount, Shuttle
 
 NUM_RESIDENT_LAYERS = 2
 
@@ -36,7 +36,7 @@ class Offload:
     """Offload of one rank, for all its micro-batches.
 
     Args:
-        traffic: the rank's way to its host.
+        shuttle: the rank's way to its host.
         num_layers: of this rank, all model chunks together, in the order of the forward pass.
         weights: parameters and buffers; neither they nor views of them move.
         successor: names the pass (see `forward_pass`) whose backward follows that of a named one,
@@ -46,13 +46,13 @@ class Offload:
 
     def __init__(
         self,
-        traffic: Traffic,
+        shuttle: Shuttle,
         *,
         num_layers: int,
         weights: Iterable[Tensor] = (),
         successor: Callable[[Hashable], Hashable] | None = None,
     ) -> None:
-        self._traffic = traffic
+        self._shuttle = shuttle
         self._num_leaving_layers = max(0, num_layers - NUM_RESIDENT_LAYERS)
         self._weights = storage_addresses(weights)
         self._successor = successor
@@ -89,7 +89,7 @@ class Offload:
             fixed=self._weights | storage_addresses(shared),
         )
         forward_pass = ForwardPass(
-            rules, self._traffic, prefetch_following=lambda: self._prefetch_after(name)
+            rules, self._shuttle, prefetch_following=lambda: self._prefetch_after(name)
         )
         if name is not None:
             self._passes[name] = forward_pass
@@ -101,7 +101,7 @@ class Offload:
 
     def end_step(self) -> OffloadCount:
         """What moved since the last call; every backward pass has run."""
-        return self._traffic.end_step()
+        return self._shuttle.end_step()
 
     def _prefetch_after(self, name: Hashable) -> None:
         if name is None or self._successor is None:

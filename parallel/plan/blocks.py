@@ -127,7 +127,8 @@ def _part(entry: Candidate, size: int, fewest: int, height: float, style: Style)
     """How many ranks of a plateau that has more than are needed."""
     most = max(entry.most, fewest)
     options = {fewest}
-    if size <= most:
+    if size <= most or (size < 2 * entry.fewest and size <= entry.widest):
+        # All of it; also if that costs some exchange, where the rest would hold no other block.
         options.add(size)
     for parts in range(-(-size // most), size // fewest + 1):
         options.add(min(most, -(-size // parts)))

@@ -7,7 +7,12 @@ With T_i(D) the seconds of sequence i on D ranks, exchange and all, a step of T 
 since each sequence is through within the step and takes the rank-seconds of some number of ranks.
 The bound is the least such T. It is never less than the mean with the cheapest exchange, nor than
 the longest sequence on its best D; it is more where only a costly exchange gets a sequence through
-in time. A pipeline multiplies it by (m + p - 1) / m.
+in time.
+
+Each rank of a pipeline of p stages takes p - 1 times its longest micro-batch more. That is at least
+the mean of the plan's m, and in the mean over ranks at least T_l / R of the longest sequence:
+
+    bound with p stages = max((m + p - 1) / m bound,  sum_i T_i / R + (p - 1) T_l / R)
 """
 
 from collections.abc import Sequence
@@ -56,6 +61,25 @@ def bound_seconds(
     ]
     rest = total - float(cheapest[hurried].sum())
     return _least_step(least, rest, options_of, num_ranks, cost_model.fixed_seconds)
+
+
+def with_bubble(
+    bound: float,
+    lengths: Sequence[int],
+    cost_model: CostModel,
+    *,
+    num_ranks: int,
+    num_pipeline_stages: int,
+    num_micro_batches: int,
+) -> float:
+    """The bound of a pipeline, from `bound_seconds` and a plan's most micro-batches of a rank."""
+    bubble = num_pipeline_stages - 1
+    if not bound or not bubble:
+        return bound
+    longest = cost_model.sequence_seconds(max(lengths)) / num_ranks
+    even = bound * (num_micro_batches + bubble) / max(num_micro_batches, 1)
+    mean = float(cost_model.lengths_seconds(lengths).sum()) / num_ranks
+    return max(even, mean + bubble * longest)
 
 
 def _cheapest(

@@ -11,11 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from parallel.plan.cost import CostModel
 
 # So many of the longest sequences may take any number of ranks.
 _NUM_DECISIVE = 64
+# Of its work, what a sequence's exchange may cost where ranks would be idle otherwise.
+_AGAINST_IDLING = 0.05
+# That is for sequences with at least this part of the step's work: others leave room for few.
+_WEIGHTY = 0.02
 
 
 @dataclass(slots=True)
@@ -29,6 +34,8 @@ class Candidate:
     """Ranks that hold its tokens."""
     most: int
     """Ranks that a block takes of its own accord; more only where the target demands it."""
+    widest: int
+    """Ranks that it may take to leave none idle."""
     seconds: list[float]
     """Of a block of fewest, fewest + 1, ... ranks, g included, up to the quickest."""
     falling: list[float]
@@ -90,17 +97,26 @@ def make_candidates(
         own = seconds[end - size : end]
         best = int(own.argmin())
         paid = overhead[end - size : end - size + best + 1]
-        affordable = paid <= paid[0] + communication_share * work[index]
-        last = best - int(affordable[::-1].argmax())
+        least = int(fewest[index])
+        last = least + _last(paid <= paid[0] + communication_share * work[index])
+        widest = last
+        if work[index] > _WEIGHTY * num_ranks * target:
+            widest = least + _last(paid <= paid[0] + _AGAINST_IDLING * work[index])
         own = own[: best + 1] + cost_model.fixed_seconds
         found.append(
             Candidate(
                 sequence,
                 float(work[index]),
-                int(fewest[index]),
-                int(fewest[index]) + last,
+                least,
+                last,
+                widest,
                 own.tolist(),
                 np.minimum.accumulate(own).tolist(),
             )
         )
     return found
+
+
+def _last(marks: npt.NDArray[np.bool_]) -> int:
+    """The last place that is marked; the first always is."""
+    return len(marks) - 1 - int(marks[::-1].argmax())

@@ -66,6 +66,11 @@ class CostModel:
         """a s^2 + b s of a whole sequence."""
         return (self.quadratic_seconds * length + self.linear_seconds) * length
 
+    def forward_seconds(self, length: int) -> float:
+        """The forward pass's part of `sequence_seconds`."""
+        attention = self.quadratic_seconds * length / (1 + ATTENTION_BACKWARD)
+        return (attention + self.linear_seconds / (1 + _LINEAR_BACKWARD)) * length
+
     def piece_seconds(self, start: int, end: int) -> float:
         """Tokens start..end of a sequence, which see all tokens before them.
 
@@ -98,8 +103,19 @@ class CostModel:
         if self.communication is None:
             return np.zeros(np.broadcast_shapes(np.shape(length), np.shape(num_ranks)))
         ring, all_to_all = self._exchange_seconds(self.communication, length, num_ranks)
-        cheaper: FloatArray = np.minimum(ring, all_to_all)
+        cheaper: FloatArray = np.where(all_to_all < ring, all_to_all, ring)
         return cheaper
+
+    def uneven_seconds(self, length: int, shares: Sequence[int]) -> float:
+        """What each rank of an uneven cut loses to its ring; the largest share sets the pace."""
+        if self.communication is None:
+            return 0.0
+        mean = length / len(shares)
+        return float(
+            self.communication.ring_seconds(
+                len(shares), block_tokens=max(shares), hop_seconds=self.quadratic_seconds * mean**2
+            )
+        )
 
     def prefers_ulysses(self, length: int, num_ranks: int) -> bool:
         """Whether an all-to-all of heads beats the ring for an even cut."""
@@ -112,7 +128,8 @@ class CostModel:
         """Seconds of each rank of an evenly cut sequence, without g; elementwise."""
         tokens = np.asarray(length, dtype=np.float64)
         whole = (self.quadratic_seconds * tokens + self.linear_seconds) * tokens
-        return whole / np.asarray(num_ranks) + self.exposed_seconds(length, num_ranks)
+        seconds: FloatArray = whole / np.asarray(num_ranks)
+        return seconds + self.exposed_seconds(length, num_ranks)
 
     def _exchange_seconds(
         self, ring: RingCost, length: npt.ArrayLike, num_ranks: npt.ArrayLike

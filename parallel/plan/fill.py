@@ -45,9 +45,7 @@ def fill(
     return filled
 
 
-def _even_out(
-    filled: Fill, seconds: Sequence[float], target: float, num_rounds: int = 8
-) -> None:
+def _even_out(filled: Fill, seconds: Sequence[float], target: float, num_rounds: int = 8) -> None:
     """Move or swap sequences between ends: the busiest rank's with the idlest's, and so on."""
     busy, at_end = filled.busy, filled.at_end
     for _ in range(num_rounds):

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
+from parallel.plan.offload_ratio import HostMemory, fewest_ranks
 from parallel.plan.records import StepPlan
-from parallel.plan.rows import plan_rows
+from parallel.plan.rows import RowLimits, plan_rows
 from parallel.plan.search import plan_free
 
 
@@ -26,18 +27,22 @@ def plan_hdp(
     num_pipeline_stages: int = 1,
     num_micro_batches_multiple: int = 1,
     expert_parallel_size: int = 1,
+    host_memory: HostMemory | None = None,
 ) -> StepPlan:
     """Plan a step of sequences of these lengths (tokens); the same plan in every process.
 
     num_micro_batches_multiple: every rank's number of micro-batches is a multiple of this, as
     interleaved pipelines need. expert_parallel_size: groups of so many consecutive ranks run the
-    same number of micro-batches.
+    same number of micro-batches. host_memory: where activations of sequences longer than
+    tokens_per_rank may go, so that fewer ranks hold them; None: nowhere.
 
     Raises:
         PlanError: a sequence is empty or longer than all ranks together can hold.
     """
     _check(
         lengths,
+        cost_model,
+        host_memory,
         num_ranks=num_ranks,
         tokens_per_rank=tokens_per_rank,
         num_pipeline_stages=num_pipeline_stages,
@@ -46,25 +51,28 @@ def plan_hdp(
     )
     if num_pipeline_stages == 1 and num_micro_batches_multiple == 1 and expert_parallel_size == 1:
         return plan_free(
-            lengths, num_ranks=num_ranks, tokens_per_rank=tokens_per_rank, cost_model=cost_model
+            lengths,
+            num_ranks=num_ranks,
+            tokens_per_rank=tokens_per_rank,
+            cost_model=cost_model,
+            host_memory=host_memory,
         )
-    shares = {
-        index: -(-length // tokens_per_rank)
-        for index, length in enumerate(lengths)
-        if length > tokens_per_rank
-    }
-    return plan_rows(
-        lengths,
-        shares,
+    limits = RowLimits(
         num_ranks=num_ranks,
         tokens_per_rank=tokens_per_rank,
-        cost_model=cost_model,
+        num_pipeline_stages=num_pipeline_stages,
         num_micro_batches_multiple=num_micro_batches_multiple,
         expert_parallel_size=expert_parallel_size,
     )
+    return plan_rows(lengths, limits, cost_model, host_memory)
 
 
-def _check(lengths: Sequence[int], **limits: int) -> None:
+def _check(
+    lengths: Sequence[int],
+    cost_model: CostModel,
+    host_memory: HostMemory | None,
+    **limits: int,
+) -> None:
     for name, value in limits.items():
         if value < 1:
             raise PlanError(f"{name} is {value}; it must be at least 1")
@@ -78,10 +86,13 @@ def _check(lengths: Sequence[int], **limits: int) -> None:
     for index, length in enumerate(lengths):
         if length < 1:
             raise PlanError(f"sequence {index} has {length} tokens; drop empty sequences first")
-        if length > capacity:
+        if length <= capacity:
+            continue
+        needed = fewest_ranks(length, tokens_per_rank, cost_model, host_memory)
+        if needed > num_ranks:
             raise PlanError(
-                f"sequence {index} has {length} tokens, but {num_ranks} ranks of tokens_per_rank = "
-                f"{tokens_per_rank} hold {capacity}; raise tokens_per_rank to "
-                f"{-(-length // num_ranks)}, use {-(-length // tokens_per_rank)} ranks, or cut "
-                f"sequences at {capacity} tokens"
+                f"sequence {index} has {length} tokens and needs {needed} ranks of "
+                f"tokens_per_rank = {tokens_per_rank}; there are {num_ranks}, which hold "
+                f"{capacity}. Raise tokens_per_rank to {-(-length // num_ranks)}, or cut sequences "
+                f"at {capacity} tokens"
             )

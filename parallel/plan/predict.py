@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from parallel.plan.bound import bound_seconds
+from parallel.plan.bound import bound_seconds, with_bubble
 from parallel.plan.cost import CostModel
 from parallel.plan.lockstep import FlatPlan, flatten, meetings, run_in_lockstep
 from parallel.plan.records import StepPlan
@@ -63,9 +63,7 @@ def predict(
     """
     flat = flatten(plan, cost_model)
     exchange, sent = _exchange(flat, plan, cost_model)
-    padding = np.zeros(len(flat.tokens))
-    if num_pipeline_stages > 1 and len(flat.tokens):
-        padding = cost_model.linear_seconds * (flat.tokens.max() - flat.tokens)
+    padding = _padding(flat, cost_model, num_pipeline_stages)
     seconds = flat.seconds + exchange + padding
     timeline = run_in_lockstep(
         flat, seconds, meetings(flat, expert_parallel_size=expert_parallel_size)
@@ -84,13 +82,47 @@ def predict(
     total = plan.num_ranks * step_seconds or 1.0
     return Prediction(
         step_seconds=step_seconds,
-        bound_seconds=bound * (num_micro_batches + bubble) / max(num_micro_batches, 1),
+        bound_seconds=with_bubble(
+            bound,
+            plan.lengths,
+            cost_model,
+            num_ranks=max(plan.num_ranks, 1),
+            num_pipeline_stages=num_pipeline_stages,
+            num_micro_batches=num_micro_batches,
+        ),
         idle_share=max(0.0, 1 - float(seconds.sum()) / total) if step_seconds else 0.0,
         communication_share=float(exchange.sum()) / total,
         padding_share=float(padding.sum()) / total,
         bytes_sent=tuple(_sum_by_rank(flat, sent).tolist()),
         peak_tokens=_peak_tokens(plan),
     )
+
+
+def micro_batch_seconds(
+    plan: StepPlan, cost_model: CostModel, *, num_pipeline_stages: int = 1
+) -> tuple[tuple[float, ...], ...]:
+    """Forward and backward seconds of each rank's micro-batches, waiting excluded.
+
+    Work, g, exchange, and in a pipeline the padding.
+    """
+    flat = flatten(plan, cost_model)
+    exchange, _ = _exchange(flat, plan, cost_model)
+    seconds = flat.seconds + exchange + _padding(flat, cost_model, num_pipeline_stages)
+    return tuple(
+        tuple(seconds[begin:end].tolist())
+        for begin, end in zip(flat.first[:-1], flat.first[1:], strict=True)
+    )
+
+
+def _padding(
+    flat: FlatPlan, cost_model: CostModel, num_pipeline_stages: int
+) -> npt.NDArray[np.float64]:
+    """Seconds that each micro-batch spends on what it is shorter than the longest."""
+    if num_pipeline_stages == 1 or not len(flat.tokens):
+        return np.zeros(len(flat.tokens))
+    missing = (flat.tokens.max() - flat.tokens).astype(np.float64)
+    padding: npt.NDArray[np.float64] = missing * cost_model.linear_seconds
+    return padding
 
 
 def _exchange(

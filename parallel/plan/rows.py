@@ -1,182 +1,246 @@
 """Plans in which a meeting has one index on all its ranks: for pipelines and groups of experts.
 
-Row k is what the ranks run as their k-th micro-batch. A shared sequence goes to the first row in
-which enough ranks have room; whole sequences fill the room that is left, costliest first to the
-least busy rank, and open new rows behind. In a pipeline every micro-batch is padded to the longest
-one, so a row costs its linear time however few tokens it has: few, full rows come first, an even
-spread of attention second.
+Row k is what the ranks run as their k-th micro-batch, a `Cell` one rank's part of it. Shared
+sequences come first, longest first: each takes the row, and of the free ranks those, on which the
+step grows least. In a pipeline that puts heavy rows together on few ranks, since only the longest
+row of a rank makes its bubble. Whole sequences fill the cells (`row_fill`). How wide blocks are and
+how many rows there may be is tried, and `predict` decides.
 """
 
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from parallel.plan.bound import bound_seconds, with_bubble
+from parallel.plan.candidates import Candidate, make_candidates
 from parallel.plan.cost import CostModel
 from parallel.plan.cuts import cut, even_shares
+from parallel.plan.offload_ratio import HostMemory, fewest_ranks
+from parallel.plan.predict import predict
 from parallel.plan.records import MicroBatch, Piece, StepPlan
+from parallel.plan.row_fill import Cell, RowCost, fill_rows
+
+# A step this much over the bound is taken at once.
+_GOOD_ENOUGH = 1.01
+# Of a sequence's work, what its exchange may cost for a wide block.
+_COMMUNICATION_SHARE = 0.01
 
 
-@dataclass(slots=True)
-class _Column:
-    """One rank while it is being filled."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLimits:
+    """What a plan of rows must keep to."""
 
-    shared: dict[int, list[Piece]] = field(default_factory=dict)
-    """Row to the pieces of shared sequences."""
-    whole: dict[int, list[int]] = field(default_factory=dict)
-    """Row to whole sequences."""
-    room: dict[int, int] = field(default_factory=dict)
-    """Row to tokens that still fit."""
-
-    def free_row(self) -> int:
-        """The first row without a micro-batch."""
-        row = 0
-        while row in self.room:
-            row += 1
-        return row
+    num_ranks: int
+    tokens_per_rank: int
+    num_pipeline_stages: int = 1
+    num_micro_batches_multiple: int = 1
+    expert_parallel_size: int = 1
 
 
 def plan_rows(
     lengths: Sequence[int],
-    shares: dict[int, int],
-    *,
-    num_ranks: int,
-    tokens_per_rank: int,
+    limits: RowLimits,
     cost_model: CostModel,
-    num_micro_batches_multiple: int = 1,
-    expert_parallel_size: int = 1,
-    max_rows: int | None = None,
+    host_memory: HostMemory | None = None,
 ) -> StepPlan:
-    """Place the sequences.
-
-    shares: ranks of each shared sequence, by number. max_rows: how many rows a rank may open for
-    whole sequences while another has room.
-    """
-    columns = [_Column() for _ in range(num_ranks)]
-    seconds = cost_model.lengths_seconds(lengths)
-    busy = np.zeros(num_ranks)
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rooms: list[np.ndarray] = []
-    for sequence in longest_first:
-        if sequence in shares:
-            _place_shared(
-                sequence,
-                lengths[sequence],
-                shares[sequence],
-                columns,
-                rooms,
-                busy,
-                seconds=float(seconds[sequence]),
-                capacity=tokens_per_rank,
-                cost_model=cost_model,
-            )
-    whole = [i for i in longest_first if i not in shares]
-    _place_whole(
-        whole,
-        lengths,
-        seconds.tolist(),
-        columns,
-        busy.tolist(),
-        tokens_per_rank,
-        cost_model.fixed_seconds,
-        max_rows or len(lengths) + 1,
-    )
-    counts = [max(column.room, default=-1) + 1 for column in columns]
-    counts = _counts(counts, num_micro_batches_multiple, expert_parallel_size)
-    return StepPlan(
-        lengths=tuple(lengths),
-        tokens_per_rank=tokens_per_rank,
-        micro_batches=tuple(
-            tuple(_micro_batch(column, row, lengths) for row in range(count))
-            for column, count in zip(columns, counts, strict=True)
-        ),
-        ulysses=tuple(
-            i for i in sorted(shares) if cost_model.prefers_ulysses(lengths[i], shares[i])
-        ),
-    )
-
-
-def _place_shared(
-    sequence: int,
-    length: int,
-    num_ranks: int,
-    columns: list[_Column],
-    rooms: list[np.ndarray],
-    busy: np.ndarray,
-    *,
-    seconds: float,
-    capacity: int,
-    cost_model: CostModel,
-) -> None:
-    pieces = cut(sequence, even_shares(length, num_ranks))
-    needed = max(sum(piece.num_tokens for piece in part) for part in pieces)
-    for row, room in enumerate(rooms):
-        fitting = np.flatnonzero(room >= needed)
-        if len(fitting) >= num_ranks:
+    """Plan a step of sequences that the ranks can hold."""
+    best: tuple[float, StepPlan] | None = None
+    for is_wide, spare_rows in ((True, 0), (True, 1), (True, 4), (False, 0), (False, 4)):
+        rows = _Rows(lengths, limits, cost_model, host_memory)
+        plan = rows.plan(is_wide=is_wide, spare_rows=spare_rows)
+        found = predict(
+            plan,
+            cost_model,
+            num_pipeline_stages=limits.num_pipeline_stages,
+            expert_parallel_size=limits.expert_parallel_size,
+            max_ranks_per_sequence=limits.num_ranks,
+        )
+        if best is None or found.step_seconds < best[0]:
+            best = (found.step_seconds, plan)
+        if found.step_seconds <= _GOOD_ENOUGH * found.bound_seconds:
             break
-    else:
-        row = len(rooms)
-        rooms.append(np.full(len(columns), capacity))
-        fitting = np.arange(len(columns))
-    # Stable: of equally busy ranks the first.
-    chosen = np.sort(fitting[np.argsort(busy[fitting], kind="stable")[:num_ranks]])
-    for rank, part in zip(chosen.tolist(), pieces, strict=True):
-        columns[rank].shared.setdefault(row, []).extend(part)
-        columns[rank].room.setdefault(row, capacity)
-        num_tokens = sum(piece.num_tokens for piece in part)
-        columns[rank].room[row] -= num_tokens
-        rooms[row][rank] -= num_tokens
-    busy[chosen] += cost_model.shared_seconds(length, num_ranks)
+    assert best is not None
+    return best[1]
 
 
-def _place_whole(
-    whole: list[int],
-    lengths: Sequence[int],
-    seconds: list[float],
-    columns: list[_Column],
-    busy: list[float],
-    capacity: int,
-    fixed_seconds: float,
-    max_rows: int,
-) -> None:
-    heap = [(time, rank) for rank, time in enumerate(busy)]
-    heapq.heapify(heap)
-    for sequence in whole:
-        length = lengths[sequence]
-        passed = []
-        while heap:
-            time, rank = heapq.heappop(heap)
-            column = columns[rank]
-            fitting = [(room, row) for row, room in column.room.items() if room >= length]
-            if fitting or len(column.room) < max_rows:
-                break
-            passed.append((time, rank))
+class _Rows:
+    """One try: the cells of all ranks."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        limits: RowLimits,
+        cost_model: CostModel,
+        host_memory: HostMemory | None,
+    ) -> None:
+        self.lengths = lengths
+        self.limits = limits
+        self.cost_model = cost_model
+        self.host_memory = host_memory
+        self.offloadable = host_memory.offloadable if host_memory else 0.0
+        self.is_padded = limits.num_pipeline_stages > 1
+        self.row_cost = RowCost.of(
+            cost_model, capacity=limits.tokens_per_rank, is_padded=self.is_padded
+        )
+        self.columns: list[list[Cell]] = [[] for _ in range(limits.num_ranks)]
+        self.ulysses: list[int] = []
+        # Of each row with shared sequences, which ranks are in a block.
+        self.taken: list[npt.NDArray[np.bool_]] = []
+        self.busy = np.zeros(limits.num_ranks)
+        self.longest = np.zeros(limits.num_ranks)
+        self.bound = bound_seconds(
+            lengths,
+            cost_model,
+            num_ranks=limits.num_ranks,
+            tokens_per_rank=limits.tokens_per_rank,
+        )
+        self.target = with_bubble(
+            self.bound,
+            lengths,
+            cost_model,
+            num_ranks=limits.num_ranks,
+            num_pipeline_stages=limits.num_pipeline_stages,
+            num_micro_batches=self._fewest_rows(),
+        )
+
+    def plan(self, *, is_wide: bool, spare_rows: int) -> StepPlan:
+        limits = self.limits
+        length = np.asarray(self.lengths, dtype=np.int64)
+        longest_first = np.argsort(-length, kind="stable").tolist()
+        num_shared = int((length > limits.tokens_per_rank).sum())
+        for candidate in self._candidates(longest_first[:num_shared]):
+            self._place(candidate, is_wide=is_wide)
+        max_rows = max(len(self.taken), self._fewest_rows()) + spare_rows
+        fill_rows(
+            self.columns,
+            longest_first[num_shared:],
+            self.lengths,
+            capacity=limits.tokens_per_rank,
+            group_size=limits.expert_parallel_size,
+            cost=self.row_cost,
+            max_rows=max_rows if self.is_padded else len(self.lengths),
+            bubble=limits.num_pipeline_stages - 1,
+        )
+        return StepPlan(
+            lengths=tuple(self.lengths),
+            tokens_per_rank=limits.tokens_per_rank,
+            micro_batches=tuple(self._micro_batches()),
+            ulysses=tuple(sorted(self.ulysses)),
+            offloadable=self.offloadable,
+        )
+
+    def _candidates(self, shared: Sequence[int]) -> list[Candidate]:
+        limits = self.limits
+        lengths = [self.lengths[i] for i in shared]
+        return make_candidates(
+            shared,
+            lengths,
+            [self._fewest_ranks(length) for length in lengths],
+            num_ranks=limits.num_ranks,
+            cost_model=self.cost_model,
+            communication_share=_COMMUNICATION_SHARE,
+            target=self.bound,
+        )
+
+    def _fewest_ranks(self, length: int) -> int:
+        limits = self.limits
+        needed = -(-length // limits.tokens_per_rank)
+        # Longer rows than C are padding on all others, so a pipeline offloads only what it must.
+        if self.is_padded and needed <= limits.num_ranks:
+            return needed
+        return fewest_ranks(length, limits.tokens_per_rank, self.cost_model, self.host_memory)
+
+    def _fewest_rows(self) -> int:
+        """Rows of C tokens that hold everything."""
+        per_row = self.limits.num_ranks * self.limits.tokens_per_rank
+        return -(-sum(self.lengths) // per_row)
+
+    def _place(self, candidate: Candidate, *, is_wide: bool) -> None:
+        """A shared sequence into the row and on the ranks that grow least by it."""
+        group = self.limits.expert_parallel_size
+        count = candidate.most if is_wide else candidate.fewest
+        if count > group:
+            # Whole groups of experts, so that none of their ranks waits in this row.
+            count = min(-(-count // group) * group, candidate.limit)
+        best: tuple[float, int, list[int]] | None = None
+        for row in range(len(self.taken) + 1):
+            if row == len(self.taken):
+                if best is not None:
+                    break
+                self.taken.append(np.zeros(self.limits.num_ranks, dtype=bool))
+            free = np.flatnonzero(~self.taken[row])
+            if len(free) < candidate.fewest:
+                continue
+            ranks, growth = self._choose(free, min(count, len(free)), candidate)
+            if best is None or growth < best[0]:
+                best = (growth, row, ranks)
+        assert best is not None
+        self._add_block(candidate, best[1], best[2])
+
+    def _choose(
+        self, free: npt.NDArray[np.int64], count: int, candidate: Candidate
+    ) -> tuple[list[int], float]:
+        """Of the free ranks those that grow least, and by how much in all."""
+        seconds = candidate.on(count)
+        bubble = self.limits.num_pipeline_stages - 1
+        longest = np.maximum(self.longest[free], seconds)
+        after = self.busy[free] + seconds + bubble * longest
+        # A rank that has as heavy a row already pays no further bubble: heavy rows go together, as
+        # long as that makes no rank late.
+        growth = bubble * (longest - self.longest[free])
+        growth += (after > self.target) * (after - self.target) * len(self.busy)
+        group = self.limits.expert_parallel_size
+        if group == 1:
+            order = np.lexsort((free, after, growth))[:count]
         else:
-            time, rank = passed.pop(0)
-            column, fitting = columns[rank], []
-        if fitting:
-            row = min(fitting)[1]
-        else:
-            row = column.free_row()
-            column.room[row] = capacity
-            time += fixed_seconds
-        column.room[row] -= length
-        column.whole.setdefault(row, []).append(sequence)
-        heapq.heappush(heap, (time + seconds[sequence], rank))
-        for entry in passed:
-            heapq.heappush(heap, entry)
+            number = free // group
+            num_free = np.bincount(number)[number]
+            latest = np.zeros(int(number.max()) + 1)
+            np.maximum.at(latest, number, after)
+            # Groups with enough free ranks first, then the idlest; a group stays together.
+            order = np.lexsort((free, number, latest[number], -np.minimum(num_free, count)))[:count]
+        total = float(growth[order].sum()) + 1e-6 * float(after[order].sum())
+        return sorted(free[order].tolist()), total
 
+    def _add_block(self, candidate: Candidate, row: int, ranks: Sequence[int]) -> None:
+        sequence, count = candidate.sequence, len(ranks)
+        length = self.lengths[sequence]
+        if self.cost_model.prefers_ulysses(length, count):
+            self.ulysses.append(sequence)
+        self.taken[row][ranks] = True
+        self.busy[ranks] += candidate.on(count)
+        self.longest[ranks] = np.maximum(self.longest[ranks], candidate.on(count))
+        pieces = cut(sequence, even_shares(length, count))
+        # Beyond what each row costs anyway: g, and in a pipeline the linear time.
+        seconds = candidate.on(count) - self.cost_model.fixed_seconds
+        if self.is_padded:
+            seconds -= self.cost_model.linear_seconds * length / count
+        for rank, part in zip(ranks, pieces, strict=True):
+            column = self.columns[rank]
+            while len(column) <= row:
+                column.append(Cell(self.limits.tokens_per_rank))
+            column[row].shared += part
+            column[row].room -= sum(piece.num_tokens for piece in part)
+            column[row].seconds += max(0.0, seconds)
 
-def _counts(counts: list[int], multiple: int, expert_parallel_size: int) -> list[int]:
-    fewest = 1 if multiple > 1 else 0
-    counts = [-(-max(count, fewest) // multiple) * multiple for count in counts]
-    for first in range(0, len(counts), expert_parallel_size):
-        group = slice(first, first + expert_parallel_size)
-        counts[group] = [max(counts[group])] * len(counts[group])
-    return counts
+    def _micro_batches(self) -> Iterator[tuple[MicroBatch, ...]]:
+        """Of each rank, filled up with empty ones where others or the pipeline need it."""
+        limits = self.limits
+        group, multiple = limits.expert_parallel_size, limits.num_micro_batches_multiple
+        fewest = 1 if multiple > 1 else 0
+        for rank, column in enumerate(self.columns):
+            first = rank - rank % group
+            longest = max(fewest, *map(len, self.columns[first : first + group]))
+            count = -(-longest // multiple) * multiple
+            cells = [self._micro_batch(cell) for cell in column]
+            yield (*cells, *[MicroBatch()] * (count - len(cells)))
 
-
-def _micro_batch(column: _Column, row: int, lengths: Sequence[int]) -> MicroBatch:
-    whole = (Piece(i, 0, lengths[i]) for i in sorted(column.whole.get(row, ())))
-    return MicroBatch((*whole, *column.shared.get(row, ())))
+    def _micro_batch(self, cell: Cell) -> MicroBatch:
+        whole = [Piece(i, 0, self.lengths[i]) for i in sorted(cell.whole)]
+        ratio = 0.0
+        if self.host_memory is not None and cell.room < 0:
+            capacity = self.limits.tokens_per_rank
+            ratio = self.host_memory.ratio(capacity - cell.room, tokens_per_rank=capacity)
+        return MicroBatch((*whole, *cell.shared), ratio)

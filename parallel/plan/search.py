@@ -18,10 +18,14 @@ from parallel.plan.candidates import Candidate, make_candidates
 from parallel.plan.cost import CostModel
 from parallel.plan.cuts import cut, even_shares
 from parallel.plan.fill import Fill, fill
+from parallel.plan.offload_ratio import HostMemory, fewest_ranks
 from parallel.plan.records import MicroBatch, Piece, StepPlan
+from parallel.plan.uneven import UnevenCut, level_ends
 
 # A plan this much over the bound is taken at once.
 _GOOD_ENOUGH = 1.003
+# A rank that ends this much after the bound is worth an uneven cut.
+_EVEN_ENOUGH = 1.001
 # Sequences placed, of all tries together, after which the best is taken; two tries there are.
 _EFFORT = 6000
 _RANDOM_STYLES = 60
@@ -34,13 +38,20 @@ class _Try:
     step_seconds: float
     schedule: Schedule
     filled: Fill
+    uneven: dict[int, UnevenCut]
+    """By number of the block."""
 
 
 def plan_free(
-    lengths: Sequence[int], *, num_ranks: int, tokens_per_rank: int, cost_model: CostModel
+    lengths: Sequence[int],
+    *,
+    num_ranks: int,
+    tokens_per_rank: int,
+    cost_model: CostModel,
+    host_memory: HostMemory | None = None,
 ) -> StepPlan:
     """Plan a step of sequences that num_ranks ranks can hold; ranks run at their own pace."""
-    search = _Search(lengths, num_ranks, tokens_per_rank, cost_model)
+    search = _Search(lengths, num_ranks, tokens_per_rank, cost_model, host_memory)
     return search.build(search.best())
 
 
@@ -48,14 +59,24 @@ class _Search:
     """The lengths and limits of one step, and the tries."""
 
     def __init__(
-        self, lengths: Sequence[int], num_ranks: int, tokens_per_rank: int, cost_model: CostModel
+        self,
+        lengths: Sequence[int],
+        num_ranks: int,
+        tokens_per_rank: int,
+        cost_model: CostModel,
+        host_memory: HostMemory | None,
     ) -> None:
         self.lengths = lengths
         self.num_ranks = num_ranks
         self.capacity = tokens_per_rank
         self.cost_model = cost_model
+        self.host_memory = host_memory
+        self.offloadable = host_memory.offloadable if host_memory else 0.0
         self.target = bound_seconds(
-            lengths, cost_model, num_ranks=num_ranks, tokens_per_rank=tokens_per_rank
+            lengths,
+            cost_model,
+            num_ranks=num_ranks,
+            tokens_per_rank=int(tokens_per_rank / (1 - self.offloadable)),
         )
         length = np.asarray(lengths, dtype=np.int64)
         self.longest_first = np.argsort(-length, kind="stable").tolist()
@@ -132,7 +153,10 @@ class _Search:
         candidates = make_candidates(
             shared,
             lengths,
-            [-(-length // self.capacity) for length in lengths],
+            [
+                fewest_ranks(length, self.capacity, self.cost_model, self.host_memory)
+                for length in lengths
+            ],
             num_ranks=self.num_ranks,
             cost_model=self.cost_model,
             communication_share=share,
@@ -152,7 +176,15 @@ class _Search:
     def _fill(self, schedule: Schedule, whole: Sequence[int]) -> _Try:
         target = max(self.target, *schedule.busy)
         filled = fill(schedule, whole, self.seconds, target=target)
-        return _Try(max(filled.busy), schedule, filled)
+        uneven = level_ends(
+            schedule,
+            filled,
+            self.lengths,
+            capacity=self.capacity,
+            cost_model=self.cost_model,
+            enough=_EVEN_ENOUGH * self.target,
+        )
+        return _Try(max(filled.busy), schedule, filled, uneven)
 
     def build(self, chosen: _Try) -> StepPlan:
         """Cut, pack and write down."""
@@ -167,13 +199,18 @@ class _Search:
         for number, block in enumerate(schedule.blocks):
             length = self.lengths[block.sequence]
             num_ranks = len(block.ranks)
-            if self.cost_model.prefers_ulysses(length, num_ranks):
+            uneven = chosen.uneven.get(number)
+            if uneven is None and self.cost_model.prefers_ulysses(length, num_ranks):
                 ulysses.append(block.sequence)
-            pieces = cut(block.sequence, even_shares(length, num_ranks))
-            for rank, part in zip(block.ranks, pieces, strict=True):
+            shares = uneven.shares if uneven else even_shares(length, num_ranks)
+            ratio = self._ratio(shares[0])
+            for place, part in enumerate(cut(block.sequence, shares)):
+                rank = block.ranks[place]
                 if before and (rank, number) in before:
                     batches[rank] += self._pack(before[rank, number])
-                batches[rank].append(MicroBatch(part))
+                if uneven:
+                    part = (*self._pieces(uneven.whole[place]), *part)
+                batches[rank].append(MicroBatch(part, ratio))
         for rank, sequences in enumerate(filled.at_end):
             batches[rank] += self._pack(sequences)
         return StepPlan(
@@ -181,7 +218,16 @@ class _Search:
             tokens_per_rank=self.capacity,
             micro_batches=tuple(map(tuple, batches)),
             ulysses=tuple(sorted(ulysses)),
+            offloadable=self.offloadable,
         )
+
+    def _ratio(self, num_tokens: int) -> float:
+        if self.host_memory is None:
+            return 0.0
+        return self.host_memory.ratio(num_tokens, tokens_per_rank=self.capacity)
+
+    def _pieces(self, sequences: Sequence[int]) -> list[Piece]:
+        return [Piece(i, 0, self.lengths[i]) for i in sorted(sequences)]
 
     def _pack(self, sequences: Sequence[int]) -> list[MicroBatch]:
         """First fit, longest first."""

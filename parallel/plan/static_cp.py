@@ -143,9 +143,7 @@ class _Pack:
         return [MicroBatch(tuple(part)) for part in pieces]
 
 
-def _best_fit(
-    lengths: Sequence[int], ranks_per_group: int, tokens_per_rank: int
-) -> list[_Pack]:
+def _best_fit(lengths: Sequence[int], ranks_per_group: int, tokens_per_rank: int) -> list[_Pack]:
     """Longest first, each into the fullest micro-batch with room."""
     rooms: list[tuple[int, int]] = []
     packs: list[_Pack] = []
@@ -162,3 +160,58 @@ def _best_fit(
             assert has_room, (lengths[index], ranks_per_group, tokens_per_rank)
         insort(rooms, (room - lengths[index], number))
     return packs
+
+
+def static_cp_seconds(
+    lengths: Sequence[int],
+    *,
+    num_ranks: int,
+    tokens_per_rank: int,
+    cost_model: CostModel,
+    context_parallel_size: int | None = None,
+) -> float:
+    """The step of `plan_static_cp` without a pipeline, without writing down its pieces.
+
+    2 cp pieces for each sequence are too many to write for thousands of ranks. Parts of a sequence
+    are taken to be equal, so this may be below `predict` by a token's worth per sequence.
+    """
+    size = context_parallel_size or smallest_context_parallel_size(
+        lengths, num_ranks=num_ranks, tokens_per_rank=tokens_per_rank
+    )
+    packs = _best_fit(lengths, size, tokens_per_rank)
+    work = [
+        sum(cost_model.sequence_seconds(lengths[sequence]) for sequence, _ in pack.parts)
+        for pack in packs
+    ]
+    groups = _deal(work, num_ranks // size, 1)
+    seconds = [_pack_seconds(pack, lengths, cost_model) for pack in packs]
+    return max(
+        (
+            sum(cost_model.fixed_seconds if n is None else seconds[n] for n in group)
+            for group in groups
+        ),
+        default=0.0,
+    )
+
+
+def _pack_seconds(pack: _Pack, lengths: Sequence[int], cost_model: CostModel) -> float:
+    """Of the slowest rank of a group, with the exchange of its ring."""
+    size = len(pack.whole_load)
+    whole = [0.0] * size
+    shared, hop, num_tokens = 0.0, 0.0, 0
+    for sequence, rank in pack.parts:
+        length = lengths[sequence]
+        if rank >= 0:
+            whole[rank] += cost_model.sequence_seconds(length)
+            continue
+        shared += cost_model.sequence_seconds(length) / size
+        hop += cost_model.quadratic_seconds * (length / size) ** 2
+        num_tokens += length
+    exchange = 0.0
+    if cost_model.communication is not None and num_tokens and size > 1:
+        exchange = float(
+            cost_model.communication.ring_seconds(
+                size, block_tokens=num_tokens / size, hop_seconds=hop
+            )
+        )
+    return max(whole) + shared + exchange + cost_model.fixed_seconds

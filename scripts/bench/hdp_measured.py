@@ -50,6 +50,7 @@ def settings(corpus: Path, run_dir: Path, num_ranks: int) -> dict[str, Any]:
         },
         "train": {"train_iters": 1000, "global_batch_tokens": 8 * TOKENS_PER_RANK * num_ranks},
         "optim": {"lr": 1e-3},
+        "parallel": {"planner": "hdp"},
         "precision": {"dtype": "fp32"},
         "log": {"run_dir": str(run_dir)},
         "launch": {"device": "cpu"},
@@ -208,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--curve-steps", type=int, default=10)
+    parser.add_argument("--corpus", type=Path, help="a prepared corpus in place of the library")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -222,16 +224,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(
-            PrepareSettings(
-                inputs=("python-stdlib",),
-                output=folder / "corpus",
-                tokenizer="train:4096",
-                validation_fraction=0.0,
-                bad_records="skip",
+        corpus = options.corpus or folder / "corpus"
+        if options.corpus is None:
+            prepare(
+                PrepareSettings(
+                    inputs=("python-stdlib",),
+                    output=corpus,
+                    tokenizer="train:4096",
+                    validation_fraction=0.0,
+                    bad_records="skip",
+                )
             )
-        )
-        tree = settings(folder / "corpus", folder / "run", options.ranks)
+        tree = settings(corpus, folder / "run", options.ranks)
         (folder / "tree.json").write_text(json.dumps(tree))
         command = [
             sys.executable, __file__, "--as-rank", name,

@@ -43,9 +43,9 @@ class LengthSet:
         while missing > 0:
             drawn = np.minimum(self.draw(1 - generator.random(4096)), longest)
             total = np.cumsum(drawn)
-            used = int(np.searchsorted(total, missing)) + 1
+            used = min(int(np.searchsorted(total, missing)) + 1, len(drawn))
             lengths += drawn[:used].tolist()
-            missing -= int(total[min(used, len(total)) - 1])
+            missing -= int(total[used - 1])
         return lengths
 
     def describe(self, num: int = 1_000_000) -> dict[str, float]:
@@ -65,7 +65,9 @@ class LengthSet:
         }
 
 
-def _histogram(bins: list[tuple[float, float]], shortest: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _histogram(
+    bins: list[tuple[float, float]], shortest: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Points of a quantile function from (upper border, share in percent) pairs."""
     share = np.array([percent for _, percent in bins])
     above = 1 - np.cumsum(share) / share.sum()
@@ -85,32 +87,32 @@ _MAGI = _histogram(
 LENGTH_SETS = (
     LengthSet(
         "wikipedia",
-        (1.0, 0.85, 0.5, 0.1, 0.01, 1e-3, 1e-4, 1e-6),
-        (30, 80, 347, 2112, 10_919, 37_353, 110_000, 1_823_777),
+        (1.0, 0.85, 0.5, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6),
+        (30, 80, 347, 2112, 10_919, 37_353, 82_000, 220_000, 1_823_777),
         "mean 1,014; tokens >8K .275, >32K .076, >128K .011",
     ),
     LengthSet(
         "prolong",
-        (1.0, 0.9, 0.5, 0.1, 0.01, 1e-3, 1.3e-5),
-        (100, 500, 1913, 6051, 16_269, 47_397, 340_149),
+        (1.0, 0.9, 0.5, 0.1, 0.01, 1e-3, 2e-4, 8e-5, 1.3e-5),
+        (100, 500, 1913, 6051, 16_269, 47_397, 131_072, 240_000, 340_149),
         "mean 3,052; tokens >8K .254, >32K .049, >128K .017",
     ),
     LengthSet(
         "wlb_llm",
-        (1.0, 0.9, 0.5, 0.1, 0.03, 0.01, 1e-3, 1e-5),
-        (300, 1300, 3227, 5784, 8192, 26_058, 119_793, 124_913),
+        (1.0, 0.9, 0.5, 0.1, 0.03, 0.01, 0.006, 0.003, 1e-3, 1e-5),
+        (300, 1300, 3227, 5784, 7500, 26_058, 60_000, 100_000, 119_793, 124_913),
         "mean 3,962; tokens >8K .224, >32K .170, >128K 0",
     ),
     LengthSet("magi_attention", *_MAGI, "the histogram itself"),
     LengthSet(
         "bytescale_github",
-        (1.0, 0.9, 0.5, 0.1, 0.01, 1e-3, 4e-5, 2e-6),
-        (20, 150, 900, 6000, 33_000, 110_000, 700_000, 2_097_152),
+        (1.0, 0.9, 0.5, 0.1, 0.01, 0.0019, 6.5e-4, 2e-5, 5e-6),
+        (20, 150, 900, 6000, 33_000, 131_072, 262_144, 1_200_000, 2_097_152),
         "tokens >128K .162, >256K .098",
     ),
     LengthSet(
         "bytescale_byted",
-        (1.0, 0.9, 0.5, 0.2, 0.01, 0.0065, 0.00065, 0.0005, 1e-7),
+        (1.0, 0.9, 0.5, 0.2, 0.0095, 0.0058, 0.00056, 0.00045, 1e-7),
         (100, 250, 1200, 4096, 131_072, 262_144, 524_288, 2_097_152, 2_097_152),
         "80 % of samples <=4K; tokens >=128K .443, >256K .37, >=2M .121",
     ),

@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "DP2": (2, 2, PLAIN),
     "DP4+ZeRO-1": (4, 4, {}),
     "DP4, full recomputation": (4, 4, PLAIN | {"recompute_granularity": "full"}),
+    "DP4+ZeRO-1 overlapped": (4, 4, {"overlap_grad_reduce": True, "ddp_bucket_size": 4000}),
     "TP2+SPxDP2": (4, 2, PLAIN | TP2 | SP),
     "PP2xDP2": (4, 2, PLAIN | PP2),
     "PP2 interleavedxDP2": (4, 2, PLAIN | PP2 | VPP2),

@@ -1,4 +1,4 @@
-"""A document's logits depend on nothing but the document, bit for bit, through the real model."""
+"""What a document becomes depends on nothing but it, bit for bit, through the real model."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def tokens_of(length: int, *, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 class Model:
-    """The model of a run, asked for logits and gradients of packed documents."""
+    """The model of a run, asked for hidden states and gradients of packed documents."""
 
     def __init__(self, run: Any) -> None:
         self.run = run
-        # Sharper attention and less regular logits than those of fresh weights.
+        # Sharper attention and less regular hidden states than those of fresh weights.
         with torch.no_grad():
             for chunk in run.chunks:
                 for parameter in chunk.parameters():
@@ -53,7 +53,7 @@ class Model:
                         parameter.mul_(5)
 
     def __call__(self, documents: Sequence[Any], *, padding: int = 0) -> list[Tensor]:
-        """Logits of each document, [length, vocab_size]."""
+        """Last hidden states of each document, [length, hidden_size]."""
         from megatron_ext.batch import pack
 
         model = self.run.config.model

@@ -51,7 +51,7 @@ CASES = (
     Case("chunks of one", 5, max_chunk_tokens=1),
     Case("chunks of the default", 1300, weights="mask"),
     # More rows than the torch version holds in cache at once.
-    Case("several blocks", 90, vocab_size=50_000, max_chunk_tokens=64, z_loss_coeff=1e-4),
+    Case("several blocks", 90, vocab_size=20_000, max_chunk_tokens=64, z_loss_coeff=1e-4),
     Case("a sure answer", 20, scale=60.0),
     # exp overflows in float32 above 88.
     Case("large logits", 20, offset=1000.0, z_loss_coeff=1e-6, max_chunk_tokens=8),
@@ -109,8 +109,8 @@ def definition(
         loss, cross_entropy = reference_linear_cross_entropy(
             hidden, weight, inputs.labels, **options
         )
-    grads = torch.autograd.grad(loss * UPSTREAM, (hidden, weight))
-    return loss.detach(), cross_entropy, *grads
+    grad_hidden, grad_weight = torch.autograd.grad(loss * UPSTREAM, (hidden, weight))
+    return loss.detach(), cross_entropy, grad_hidden, grad_weight
 
 
 def check_case(
@@ -145,8 +145,9 @@ def check_case(
     # Each rank's part is rounded at its own size, which may be more than that of the sum.
     grad_hidden = hidden.grad.double()
     part_size = grad_hidden.abs().max() if grad_hidden.numel() else grad_hidden.new_zeros(())
-    dist.all_reduce(part_size, group=group)
-    dist.all_reduce(grad_hidden, group=group)
+    if size > 1:
+        dist.all_reduce(part_size, group=group)
+        dist.all_reduce(grad_hidden, group=group)
 
     exact = definition(inputs, case, torch.float64, is_plain=False)
     plain = definition(inputs, case, dtype, is_plain=True)
@@ -195,7 +196,6 @@ def test_loss_and_gradients_equal_the_definition(
 def check_on_gpu() -> None:
     group = dist.group.WORLD
     assert group is not None
-    torch.backends.cuda.matmul.allow_tf32 = False
     kernels: tuple[Kernel, ...] = ("torch", "triton")
     for case, dtype, kernel in itertools.product(CASES, (torch.float32, torch.bfloat16), kernels):
         check_case(case, dtype, group, device="cuda", kernel=kernel)
@@ -262,12 +262,12 @@ def test_the_gradient_from_behind_scales_both_gradients(ranks: Ranks) -> None:
     ranks.run(1, upstream)
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Elements of the largest tensor that any operator returned."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.num_elements = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_elements: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -287,7 +287,7 @@ def largest_tensor(*, has_backward: bool) -> int:
         loss, _ = linear_cross_entropy(hidden, weight, labels, group=group, max_chunk_tokens=128)
         if has_backward:
             torch.autograd.backward(loss)
-    return largest.num_elements
+    return int(largest.num_elements)
 
 
 @pytest.mark.parametrize("has_backward", [True, False])

@@ -25,13 +25,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("before", "after", "sections"),
     [
         ((2, EP2 | ZERO1), (2, EP2 | ZERO1), {"moe": MOE}),
-        ((2, EP2 | PLAIN), (1, ZERO1), {"moe": MOE}),
         ((4, EP2 | ZERO1), (4, EP4 | PLAIN), {"moe": MOE}),
         ((1, PLAIN), (2, EP2 | TP2 | SP | ZERO1), DEEPSEEK),
         ((4, EP2 | PP2 | ZERO1), (2, EP2 | PLAIN), DEEPSEEK),
         ((2, EP2 | ZERO1), (2, PP2 | ZERO1), DEEPSEEK | {"precision": {"dtype": "bf16"}}),
     ],
-    ids=["same", "EP2-1", "EP2xDP2-EP4", "1-EP2xTP2", "EP2xPP2-EP2", "bf16 EP2-PP2"],
+    ids=["same", "EP2xDP2-EP4", "1-EP2xTP2", "EP2xPP2-EP2", "bf16 EP2-PP2"],
 )
 def test_resume(
     ranks: Ranks,
@@ -55,5 +54,5 @@ def test_other_experts_are_refused(ranks: Ranks, corpus: Path, tmp_path: Path) -
     tree = tiny_tree(corpus, tmp_path / "run", moe=MOE)
     ranks.run(1, train_save_train, tree, 1, 0, megatron=True)
     other = tiny_tree(corpus, tmp_path / "run", moe=MOE | {"moe_router_topk": 3})
-    with pytest.raises(RankError, match="moe.moe_router_topk: 2 there, 3 here"):
+    with pytest.raises(RankError, match=r"moe\.moe_router_topk: 2 there, 3 here"):
         ranks.run(1, resume_train, other, 1, megatron=True)

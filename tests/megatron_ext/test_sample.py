@@ -102,6 +102,7 @@ def test_likeliest_and_random_texts(ranks: Ranks, tree: dict[str, Any]) -> None:
 def likeliest_by_hand(tree: dict[str, Any]) -> str:
     """Token after token: the whole text through the model, the largest of the last logits."""
     from megatron_ext.batch import pack
+    from megatron_ext.model import output_weight
     from megatron_ext.sampler import open_sampler
     from tests.megatron_ext.tiny_run import tiny_config
 
@@ -118,14 +119,15 @@ def likeliest_by_hand(tree: dict[str, Any]) -> str:
                 head_dim=config.model.head_dim,
                 rotary_base=config.model.rotary_base,
             ).to(torch.device("cpu"))
-            logits = sampler.chunks[0](
+            hidden = sampler.chunks[0](
                 input_ids=batch.tokens,
                 position_ids=batch.positions,
                 attention_mask=None,
                 packed_seq_params=batch.documents,
             )
+            logits = hidden[0, -1] @ output_weight(sampler.chunks[0]).t()
             # Rows that only fill up the vocabulary are no tokens.
-            ids.append(int(logits[0, -1, : tokenizer.vocab_size].argmax()))
+            ids.append(int(logits[: tokenizer.vocab_size].argmax()))
             if ids[-1] == tokenizer.eod:
                 break
     return tokenizer.decode(ids[1:])

@@ -1,9 +1,9 @@
 """Ring attention on real ranks against the formula over whole sequences."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-import pytest
 
 from parallel.plan.records import Piece
 from tests.parallel.attention.packed_case import PackedCase, assert_as_good_as_plain, yardsticks

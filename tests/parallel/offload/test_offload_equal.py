@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parallel.errors import PlanError
 from parallel.offload.link import InlineLink, Link
 from parallel.offload.offload import Offload
-from parallel.offload.traffic import Traffic
+from parallel.offload.shuttle import Shuttle
 from tests.parallel.offload.late_link import LateLink
 from tests.parallel.offload.small_net import MicroBatch, Net, run_step
 
@@ -22,7 +22,7 @@ LAYERS = 5
 
 def offload_of(net: Net, link: Link, *, page_bytes: int = 1 << 14) -> Offload:
     return Offload(
-        Traffic(CPU, link=link, page_bytes=page_bytes),
+        Shuttle(CPU, link=link, page_bytes=page_bytes),
         num_layers=len(net.layers),
         weights=net.parameters(),
     )

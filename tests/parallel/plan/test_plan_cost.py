@@ -114,9 +114,20 @@ def test_pipeline_adds_its_bubble_to_both() -> None:
     single = StepPlan(PLAN.lengths, PLAN.tokens_per_rank, (sum(PLAN.micro_batches, ()),))
     times = [235.0, 49.0, 49.0]
     found = predict(single, COST, num_pipeline_stages=4)
-    assert found.step_seconds == sum(times) + 3 * 235.0
-    # Two micro-batches could hold the 18 tokens, so the bound has one fixed cost less.
-    assert found.bound_seconds == pytest.approx((sum(times) - 5) * (3 + 3) / 3)
+    # Stages exchange rows of one length: 6 tokens of padding in each of the short ones.
+    padding = 2 * 6 * 3.0
+    assert found.step_seconds == sum(times) + padding + 3 * 235.0
+    assert found.padding_share == pytest.approx(padding / found.step_seconds)
+    # The longest sequence passes all stages, while nothing else could fill the others.
+    assert found.bound_seconds == pytest.approx(230 + 2 * 44 + 3 * 230)
+    assert found.idle_share == pytest.approx(3 * 235.0 / found.step_seconds)
+
+
+def test_pipeline_of_equal_micro_batches() -> None:
+    plan = StepPlan((4,) * 6, 4, (tuple(MicroBatch((Piece(i, 0, 4),)) for i in range(6)),))
+    found = predict(plan, COST, num_pipeline_stages=3)
+    assert found.step_seconds == (6 + 2) * 49
+    assert found.bound_seconds == pytest.approx(found.step_seconds)
 
 
 @given(

@@ -181,7 +181,7 @@ def test_is_quick_enough_for_every_step() -> None:
     )
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()
         check_order(plan, num_pipeline_stages=1)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert min(seconds) < 0.1

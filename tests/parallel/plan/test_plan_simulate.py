@@ -448,9 +448,9 @@ def test_large_plans_take_seconds() -> None:
         for first in range(0, 6144, 512)
     ]
     plan = make_plan([10] * 12_288, rings)
-    started = time.perf_counter()
+    started = time.process_time()
     simulation = simulate(plan, seconds=three_seconds)
-    assert time.perf_counter() - started < 15.0
+    assert time.process_time() - started < 15.0
     assert simulation.step_seconds == pytest.approx(30.0)
 
 
@@ -458,7 +458,7 @@ def test_large_pipelines_take_seconds() -> None:
     """1,024 ranks of 8 stages each, 8 micro-batches."""
     rings = [[(rank, index) for rank in range(512)] for index in range(8)]
     plan = make_plan([8] * 1024, rings)
-    started = time.perf_counter()
+    started = time.process_time()
     simulation = simulate(plan, seconds=three_seconds, num_pipeline_stages=8)
-    assert time.perf_counter() - started < 15.0
+    assert time.process_time() - started < 15.0
     assert simulation.step_seconds == pytest.approx(3 * (8 + 7))

@@ -22,7 +22,7 @@ class OffloadCount:
     host_bytes: int
 
 
-class Traffic:
+class Shuttle:
     """The way out and the way back of all micro-batches of a rank.
 
     What a copy reads or writes on the device lives until the compute stream has waited for the
@@ -32,8 +32,9 @@ class Traffic:
     def __init__(
         self, device: torch.device, *, link: Link | None = None, page_bytes: int = PAGE_BYTES
     ) -> None:
-        self.device = device
-        self._link = link or open_link(device)
+        # As tensors name it: with its index.
+        self.device = torch.empty(0, device=device).device
+        self._link = link or open_link(self.device)
         self._host = HostPages(self._link, page_bytes=page_bytes)
         self._leaving: list[MovedStorage] = []
         self._coming: dict[int, MovedStorage] = {}

@@ -1,0 +1,156 @@
+"""Whole sequences into the cells of rows, costliest first, each to the group that has least to do.
+
+A group is one rank, or the ranks of one group of experts, which wait for each other in every row:
+its time is the sum over its rows of the slowest cell. A sequence goes where its row's slowest cell
+grows least, so nothing is lost while it fits beside a longer one (DP-Balance). In a pipeline rows
+are padded: each costs the linear time of C tokens however full it is, and a sequence only adds its
+attention. So rows are filled before new ones are opened, and groups with heavy rows get fewer of
+them (PP-Balance; ByteScale, section 6.2).
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from parallel.plan.cost import CostModel
+from parallel.plan.records import Piece
+
+
+@dataclass(slots=True)
+class Cell:
+    """One rank's part of one row."""
+
+    room: int
+    """Tokens that still fit."""
+    seconds: float = 0.0
+    """Beyond what each row costs."""
+    shared: list[Piece] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RowCost:
+    """What rows and sequences cost where all rows are padded, and where none is."""
+
+    per_row: float
+    per_token: float
+    per_square: float
+
+    @classmethod
+    def of(cls, cost_model: CostModel, *, capacity: int, is_padded: bool) -> "RowCost":
+        """capacity: tokens of a padded row."""
+        linear = cost_model.linear_seconds
+        return cls(
+            per_row=cost_model.fixed_seconds + (linear * capacity if is_padded else 0.0),
+            per_token=0.0 if is_padded else linear,
+            per_square=cost_model.quadratic_seconds,
+        )
+
+    def sequence_seconds(self, length: int) -> float:
+        """What a whole sequence adds to its cell."""
+        return (self.per_square * length + self.per_token) * length
+
+
+def fill_rows(
+    columns: Sequence[list[Cell]],
+    whole: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    capacity: int,
+    group_size: int,
+    cost: RowCost,
+    max_rows: int,
+    bubble: int,
+) -> None:
+    """Place `whole`, longest first, in the columns of all ranks.
+
+    A group opens no more than max_rows rows while another has room. bubble: how many times the
+    longest row of a group is paid besides.
+    """
+    groups = [
+        _Group(list(columns[first : first + group_size]), capacity)
+        for first in range(0, len(columns), group_size)
+    ]
+    heap = [
+        (
+            group.seconds
+            + cost.per_row * group.num_rows
+            + bubble * max(group.slowest, default=0.0),
+            i,
+        )
+        for i, group in enumerate(groups)
+    ]
+    heapq.heapify(heap)
+    for sequence in whole:
+        length = lengths[sequence]
+        seconds = cost.sequence_seconds(length)
+        passed: list[tuple[float, int]] = []
+        place = None
+        while heap:
+            time, number = heapq.heappop(heap)
+            place = groups[number].find(length, seconds)
+            if place is not None or groups[number].num_rows < max_rows:
+                break
+            passed.append((time, number))
+        else:
+            # Nobody has room: one more row for the least busy.
+            time, number = passed.pop(0)
+        group = groups[number]
+        before = group.seconds
+        if place is None:
+            place = group.open_row()
+            time += cost.per_row
+        group.add(place, sequence, length, seconds)
+        heapq.heappush(heap, (time + group.seconds - before, number))
+        for entry in passed:
+            heapq.heappush(heap, entry)
+
+
+class _Group:
+    """Ranks that wait for each other in every row."""
+
+    def __init__(self, columns: list[list[Cell]], capacity: int) -> None:
+        self.columns = columns
+        self.capacity = capacity
+        self.slowest: list[float] = []
+        for _ in range(max(map(len, columns))):
+            self.open_row()
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.slowest)
+
+    @property
+    def seconds(self) -> float:
+        """Beyond what each row costs."""
+        return sum(self.slowest)
+
+    def open_row(self) -> tuple[int, int]:
+        """One more row; its first cell as (place in the group, row)."""
+        row = len(self.slowest)
+        for column in self.columns:
+            if len(column) == row:
+                column.append(Cell(self.capacity))
+        self.slowest.append(max(column[row].seconds for column in self.columns))
+        return 0, row
+
+    def find(self, length: int, seconds: float) -> tuple[int, int] | None:
+        """The cell with room where the row grows least; of equals the one with the least room."""
+        best = None
+        best_growth, best_room = float("inf"), 0
+        for place, column in enumerate(self.columns):
+            for row, cell in enumerate(column):
+                if cell.room < length:
+                    continue
+                growth = max(0.0, cell.seconds + seconds - self.slowest[row])
+                if growth < best_growth or (growth == best_growth and cell.room < best_room):
+                    best, best_growth, best_room = (place, row), growth, cell.room
+        return best
+
+    def add(self, place: tuple[int, int], sequence: int, length: int, seconds: float) -> None:
+        """Take a sequence into a cell."""
+        cell = self.columns[place[0]][place[1]]
+        cell.whole.append(sequence)
+        cell.room -= length
+        cell.seconds += seconds
+        self.slowest[place[1]] = max(self.slowest[place[1]], cell.seconds)
