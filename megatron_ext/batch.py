@@ -49,7 +49,6 @@ class PackedBatch:
 
     tokens: Tensor
     labels: Tensor
-    loss_mask: Tensor
     positions: Tensor
     documents: PackedDocuments
     num_unmasked_tokens: int
@@ -94,9 +93,6 @@ class HostBatch:
         return PackedBatch(
             tokens=self.tokens.to(device, non_blocking=True)[None],
             labels=self.labels.to(device, non_blocking=True)[None],
-            loss_mask=(
-                torch.arange(len(self.tokens), device=device) < self.num_unmasked_tokens
-            ).float()[None],
             positions=positions[None],
             documents=documents,
             num_unmasked_tokens=self.num_unmasked_tokens,

@@ -194,6 +194,8 @@ class ParallelConfig(Section):
     planner: Literal["packing", "hdp", "static_cp", "megatron"] = "packing"
     """Who decides which rank computes what: packing keeps sequences whole; hdp gives each the ranks
     it needs; static_cp spreads all over one number of ranks; megatron is megatron-core's own."""
+    offload_activations: bool = False
+    """hdp: part of a long sequence's activations waits in host memory, so fewer ranks hold it."""
     cost_profile: str | None = None
     """File written by `megatron-ext profile`; without it costs are estimated from the shape."""
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_ext.config import Config
 from megatron_ext.hybrid_cp_planner import plan_hybrid_cp
-from parallel.plan.cost import CostModel
+from megatron_ext.run_costs import RunCosts
 from parallel.plan.hdp import plan_hdp
 from parallel.plan.meetings import check_order
 from parallel.plan.packing import plan_packing
@@ -20,14 +20,14 @@ from parallel.plan.static_cp import plan_static_cp
 
 
 def plan_step(
-    lengths: Sequence[int], config: Config, *, num_data_ranks: int, cost_model: CostModel
+    lengths: Sequence[int], config: Config, *, num_data_ranks: int, costs: RunCosts
 ) -> StepPlan:
     """The plan of one step, the same on every rank, with the proof that no rank waits for ever.
 
     Raises:
         PlanError: the planner cannot plan this, or its plan breaks the ordering rule.
     """
-    plan = _ask_planner(lengths, config, num_data_ranks=num_data_ranks, cost_model=cost_model)
+    plan = _ask_planner(lengths, config, num_data_ranks=num_data_ranks, costs=costs)
     check_order(
         plan,
         num_pipeline_stages=config.parallel.pipeline_model_parallel_size,
@@ -38,7 +38,7 @@ def plan_step(
 
 
 def _ask_planner(
-    lengths: Sequence[int], config: Config, *, num_data_ranks: int, cost_model: CostModel
+    lengths: Sequence[int], config: Config, *, num_data_ranks: int, costs: RunCosts
 ) -> StepPlan:
     parallel = config.parallel
     capacity = config.data.micro_batch_tokens
@@ -51,7 +51,7 @@ def _ask_planner(
                 lengths,
                 num_ranks=num_data_ranks,
                 tokens_per_rank=capacity,
-                cost_model=cost_model,
+                cost_model=costs.cost_model,
                 num_micro_batches_multiple=multiple,
                 equal_num_micro_batches=parallel.num_expert_data_ranks > 1,
             )
@@ -60,17 +60,18 @@ def _ask_planner(
                 lengths,
                 num_ranks=num_data_ranks,
                 tokens_per_rank=capacity,
-                cost_model=cost_model,
+                cost_model=costs.cost_model,
                 num_pipeline_stages=parallel.pipeline_model_parallel_size,
                 num_micro_batches_multiple=multiple,
                 expert_parallel_size=parallel.num_expert_data_ranks,
+                host_memory=costs.host_memory,
             )
         case "static_cp":
             return plan_static_cp(
                 lengths,
                 num_ranks=num_data_ranks,
                 tokens_per_rank=capacity,
-                cost_model=cost_model,
+                cost_model=costs.cost_model,
                 num_micro_batches_multiple=multiple,
             )
         case "megatron":

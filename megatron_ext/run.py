@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from megatron_ext.activation_offload import ActivationOffload, install_offload
 from megatron_ext.checkpoint.checkpoint import TrainState
 from megatron_ext.checkpoint.state import num_updates
 from megatron_ext.config import Config
@@ -24,11 +25,10 @@ from megatron_ext.model import (
     wrap_data_parallel,
 )
 from megatron_ext.optimizer import build_optimizer
-from megatron_ext.run_costs import run_cost_model
+from megatron_ext.run_costs import RunCosts, run_costs
 from megatron_ext.step import connect_gradients
 from megatron_ext.step_loader import StepLoader
 from megatron_ext.training_data import BatchReader, TrainingData, open_corpora
-from parallel.plan.cost import CostModel
 from parallel.plan.flops import ModelShape
 
 
@@ -46,7 +46,8 @@ class Run:
     reader: BatchReader
     loader: StepLoader
     shape: ModelShape
-    cost_model: CostModel
+    costs: RunCosts
+    offload: ActivationOffload | None
     console: TrainConsole
     step: int = 0
     skipped_steps: int = 0
@@ -104,12 +105,13 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
         )
         optimizer = build_optimizer(chunks, config, dtype=device.dtype)
         connect_gradients(chunks)
+        offload = None
+        if config.parallel.offload_activations:
+            offload = install_offload(chunks, device=device.device)
         shape = model_shape(config, vocab_size)
-        cost_model = run_cost_model(config, shape, device)
+        costs = run_costs(config, shape, device)
         reader = BatchReader.for_model(config, mesh=mesh, device=device.device)
-        loader = StepLoader(
-            data, reader, config, cost_model=cost_model, is_ahead=config.data.prefetch
-        )
+        loader = StepLoader(data, reader, config, costs=costs, is_ahead=config.data.prefetch)
         yield Run(
             config=config,
             run_dir=run_dir,
@@ -121,7 +123,8 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
             reader=reader,
             loader=loader,
             shape=shape,
-            cost_model=cost_model,
+            costs=costs,
+            offload=offload,
             console=TrainConsole(
                 train_iters=config.train.train_iters,
                 log_interval=config.log.log_interval,

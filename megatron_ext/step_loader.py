@@ -15,8 +15,8 @@ from megatron_ext.batch import HostBatch
 from megatron_ext.config import Config
 from megatron_ext.data.order import Cursor
 from megatron_ext.planners import plan_step
+from megatron_ext.run_costs import RunCosts
 from megatron_ext.training_data import BatchReader, TrainingData
-from parallel.plan.cost import CostModel
 from parallel.plan.records import StepPlan
 
 
@@ -43,13 +43,13 @@ class StepLoader:
         reader: BatchReader,
         config: Config,
         *,
-        cost_model: CostModel,
+        costs: RunCosts,
         is_ahead: bool = True,
     ) -> None:
         self._data = data
         self._reader = reader
         self._config = config
-        self._cost_model = cost_model
+        self._costs = costs
         self._worker = ThreadPoolExecutor(1, "step-loader") if is_ahead else None
         self._next: Future[PreparedStep] | None = None
         self._cursor: Cursor | None = None
@@ -84,9 +84,7 @@ class StepLoader:
         assert config.train.global_batch_tokens is not None
         refs, lengths = self._data.next_step(config.train.global_batch_tokens)
         cursor = self._data.order.cursor
-        plan = plan_step(
-            lengths, config, num_data_ranks=mesh.data_size, cost_model=self._cost_model
-        )
+        plan = plan_step(lengths, config, num_data_ranks=mesh.data_size, costs=self._costs)
         return PreparedStep(
             plan=plan,
             digest=plan.digest(),

@@ -23,17 +23,16 @@ from megatron_ext.learning_rate import learning_rate
 from megatron_ext.metrics import Record, open_sinks
 from megatron_ext.optimizer import clip_and_step, set_learning_rate
 from megatron_ext.plan_agreement import agree_on_plan
+from megatron_ext.plan_metrics import plan_metrics
 from megatron_ext.plots import plot_loss
 from megatron_ext.resume import resume
 from megatron_ext.run import Run
 from megatron_ext.sample import sample
 from megatron_ext.step import TokenLoss, gather_parameters, run_micro_batches
-from megatron_ext.step_loader import PreparedStep
 from megatron_ext.stop import StopRequest
 from megatron_ext.summary import summary
 from megatron_ext.validation import validate
 from parallel.plan.flops import model_flops
-from parallel.plan.predict import predict
 
 # Trimming the heap costs page faults in the step after it; not trimming costs memory.
 _RELEASE_MEMORY_INTERVAL = 8
@@ -104,6 +103,7 @@ def train_step(run: Run) -> Record:
         # Gathering inside the first forward waits for all ranks, and one of them may first have to
         # meet another in its second micro-batch.
         gather_parameters(run.chunks)
+    sent_before = run.reader.exchange.traffic.num_bytes_sent
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
@@ -120,15 +120,9 @@ def train_step(run: Run) -> Record:
     run.tokens += loss.num_tokens
     run.skipped_steps += int(not is_updated)
     run.device.synchronize()
-    return (
-        _record(run, loss, plan.lengths, rate, grad_norm, time.perf_counter() - began)
-        | {
-            "plan_efficiency": predict(
-                plan, run.cost_model, num_pipeline_stages=run.mesh.pipeline_size
-            ).efficiency
-        }
-        | _step_traffic(run, prepared)
-    )
+    return _record(
+        run, loss, plan.lengths, rate, grad_norm, time.perf_counter() - began
+    ) | plan_metrics(run, prepared, sent_before=sent_before)
 
 
 def _update(run: Run, loss: TokenLoss) -> tuple[float, bool]:
@@ -192,20 +186,6 @@ def _agreed(run: Run, record: Record, stop: StopRequest) -> str | None:
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     record["peak_memory_bytes"] = int(shared[1])
     return (wanted or "another rank") if bool(shared[0]) else None
-
-
-def _step_traffic(run: Run, prepared: PreparedStep) -> Record:
-    """Over all ranks: bytes sent between ranks that share sequences, and the share of padding."""
-    sent = run.reader.exchange.traffic
-    rows = sum(len(batch.tokens) for batch in prepared.batches)
-    used = sum(batch.num_unmasked_tokens for batch in prepared.batches)
-    sums = torch.tensor(
-        [sent.num_bytes_sent, rows, used], dtype=torch.float64, device=run.device.device
-    )
-    dist.all_reduce(sums)
-    sent.num_bytes_sent = sent.num_messages_sent = 0
-    num_bytes, num_rows, num_used = sums.tolist()
-    return {"bytes_sent": round(num_bytes), "padding_share": 1.0 - num_used / num_rows}
 
 
 def _say_validation(console: TrainConsole, record: Record) -> None:

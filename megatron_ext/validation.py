@@ -47,7 +47,7 @@ def validate(run: Run) -> Record:
             group_lengths,
             run.config,
             num_data_ranks=run.mesh.data_size,
-            cost_model=run.cost_model,
+            costs=run.costs,
         )
         agree_on_plan(plan.digest(), device=run.device.device)
         loss = run_micro_batches(

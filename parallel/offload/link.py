@@ -7,9 +7,10 @@ no copy takes a turn of the compute stream:
     out      |             | l leaves    | ...                |              |
     back     |             |             | ...  l comes back  |              |
 
-A copy starts after everything that the compute stream has been given so far, and after the copies
-whose tickets it names; the compute stream waits for a ticket only where it needs what came. The
-host never waits. On a CPU there is one memory and one order: a copy is done at once.
+A copy starts after everything that the compute stream has been given so far; a copy out also after
+those copies whose tickets it names, which may still read what it writes. The compute stream waits
+for a ticket only where it needs what came. The host never waits. On a CPU there is one memory and
+one order: a copy is done at once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Link(Protocol):
         """Copy from the device, in the order of all calls."""
         ...
 
-    def copy_back(self, copies: Copies, *, after: Iterable[Ticket] = ()) -> Ticket:
+    def copy_back(self, copies: Copies) -> Ticket:
         """Copy to the device, in the order of all calls."""
         ...
 
@@ -54,8 +55,8 @@ class InlineLink:
             destination.copy_(source)
         return None
 
-    def copy_back(self, copies: Copies, *, after: Iterable[Ticket] = ()) -> Ticket:
-        return self.copy_out(copies, after=after)
+    def copy_back(self, copies: Copies) -> Ticket:
+        return self.copy_out(copies)
 
     def wait(self, ticket: Ticket) -> None: ...
 
@@ -74,8 +75,8 @@ class StreamLink:
     def copy_out(self, copies: Copies, *, after: Iterable[Ticket] = ()) -> Ticket:
         return self._copy(self._out, copies, after)
 
-    def copy_back(self, copies: Copies, *, after: Iterable[Ticket] = ()) -> Ticket:
-        return self._copy(self._back, copies, after)
+    def copy_back(self, copies: Copies) -> Ticket:
+        return self._copy(self._back, copies, after=())
 
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, torch.cuda.Event)

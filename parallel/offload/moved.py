@@ -160,7 +160,8 @@ class MovedStorage:
         run = torch.empty(self._size, dtype=torch.uint8, device=self._kept.device)
         rest = [(run[self.num_leaving :], self._kept)] if self._kept.numel() else []
         from_host = [(part, page) for page, part in self._by_page(run)]
-        self._under_way = self._link.copy_back([*rest, *from_host], after=[self._left])
+        # It has left: the compute stream waited for that, and the copies start behind it.
+        self._under_way = self._link.copy_back([*rest, *from_host])
         self._returned = run
         self._host.give(self._pages, after=self._under_way)
         return self.num_leaving

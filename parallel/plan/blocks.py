@@ -50,8 +50,9 @@ class Schedule:
     gaps: list[Gap] = field(default_factory=list)
 
 
-Style = Callable[[Sequence[int]], int]
-"""Chooses one of several numbers of ranks, which come in ascending order."""
+Style = Callable[[Sequence[int], int], int]
+"""Chooses one of several numbers of ranks, which come in ascending order; the second argument is
+the largest that divides the plateau evenly."""
 
 
 @dataclass(slots=True)
@@ -127,18 +128,19 @@ def _part(entry: Candidate, size: int, fewest: int, height: float, style: Style)
     """How many ranks of a plateau that has more than are needed."""
     most = max(entry.most, fewest)
     options = {fewest}
+    # All of it; also if that costs some exchange, where the rest would hold no other block.
     if size <= most or (size < 2 * entry.fewest and size <= entry.widest):
-        # All of it; also if that costs some exchange, where the rest would hold no other block.
         options.add(size)
     for parts in range(-(-size // most), size // fewest + 1):
         options.add(min(most, -(-size // parts)))
         if len(options) > 4:
             break
+    even = max(options)
     for stacked in (2, 3):
         count = -int(-stacked * entry.work // height) if height > 0 else 0
         if fewest <= count <= min(most, size):
             options.add(count)
-    return style(sorted(options))
+    return style(sorted(options), even)
 
 
 def _waiting(plateaus: list[_Plateau], place: int, count: int) -> float:

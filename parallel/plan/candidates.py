@@ -17,9 +17,7 @@ from parallel.plan.cost import CostModel
 
 # So many of the longest sequences may take any number of ranks.
 _NUM_DECISIVE = 64
-# Of its work, what a sequence's exchange may cost where ranks would be idle otherwise.
-_AGAINST_IDLING = 0.05
-# That is for sequences with at least this part of the step's work: others leave room for few.
+# Only sequences with this part of the step's work may pay more: others find room elsewhere.
 _WEIGHTY = 0.02
 
 
@@ -67,12 +65,14 @@ def make_candidates(
     num_ranks: int,
     cost_model: CostModel,
     communication_share: float,
+    against_idling: float,
     target: float,
 ) -> list[Candidate]:
     """Candidates of these sequences, with their lengths and the ranks that hold them.
 
     communication_share: part of a sequence's work that its exchange may cost more than on its
-    fewest ranks. target: seconds in which all should be through.
+    fewest ranks. against_idling: the same where ranks would be idle otherwise. target: seconds in
+    which all should be through.
     """
     length = np.asarray(lengths, dtype=np.int64)
     fewest = np.asarray(fewest_ranks, dtype=np.int64)
@@ -101,7 +101,7 @@ def make_candidates(
         last = least + _last(paid <= paid[0] + communication_share * work[index])
         widest = last
         if work[index] > _WEIGHTY * num_ranks * target:
-            widest = least + _last(paid <= paid[0] + _AGAINST_IDLING * work[index])
+            widest = least + _last(paid <= paid[0] + against_idling * work[index])
         own = own[: best + 1] + cost_model.fixed_seconds
         found.append(
             Candidate(

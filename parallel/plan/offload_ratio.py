@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 from parallel.plan.cost import CostModel
+from parallel.plan.flops import ModelShape
 
 # Layers that stay on the device: the one that computes and the one that is moved.
 _NUM_KEPT_LAYERS = 2
@@ -35,6 +36,23 @@ class HostMemory:
     """That one layer saves for the backward pass, per token."""
     bytes_per_second: float
     """To the host or back, whichever is slower, while all ranks of the machine copy."""
+
+    @classmethod
+    def from_model(
+        cls, shape: ModelShape, *, bytes_per_second: float, bytes_per_element: int = 2
+    ) -> "HostMemory":
+        """From the layers that one rank holds, nothing recomputed, flash attention.
+
+        A token saves the inputs of both norms and of both linear maps behind them (4 h), query,
+        keys, values and output of attention (2 (h_q + h_kv)), gate, up and their product (3 f).
+        """
+        heads = shape.num_attention_heads + shape.num_query_groups
+        numbers = 4 * shape.hidden_size + 2 * heads * shape.kv_channels + 3 * shape.ffn_hidden_size
+        return cls(
+            num_layers=shape.num_layers,
+            activation_bytes=float(bytes_per_element * numbers),
+            bytes_per_second=bytes_per_second,
+        )
 
     @property
     def offloadable(self) -> float:

@@ -85,9 +85,14 @@ class StepPlan:
         """
         if not self.micro_batches:
             raise PlanError("the plan has no rank")
+        if not 0.0 <= self.offloadable < 1.0:
+            raise PlanError(f"offloadable is {self.offloadable}; it must be at least 0 and below 1")
         table = self.piece_table()
         _check_ranges(table, self.lengths)
         _check_coverage(table, self.lengths)
+        unknown = [i for i in self.ulysses if not 0 <= i < len(self.lengths)]
+        if unknown:
+            raise PlanError(f"ulysses names {unknown[0]}; there are {len(self.lengths)} sequences")
         for rank, index, batch in self._places():
             held = batch.num_tokens * (1 - batch.offload_ratio * self.offloadable)
             if batch.num_tokens > self.tokens_per_rank and held > self.tokens_per_rank + 1e-6:

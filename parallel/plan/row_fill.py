@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from parallel.plan.cost import CostModel
 from parallel.plan.records import Piece
 
+# So many groups are asked for room before the roomiest is taken.
+_NUM_LOOKS = 8
+
 
 @dataclass(slots=True)
 class Cell:
@@ -80,30 +83,60 @@ def fill_rows(
         )
         for i, group in enumerate(groups)
     ]
+    time_of = [time for time, _ in heap]
     heapq.heapify(heap)
+    rooms = [(-group.most_room, i) for i, group in enumerate(groups)]
+    heapq.heapify(rooms)
     for sequence in whole:
         length = lengths[sequence]
-        seconds = cost.sequence_seconds(length)
-        passed: list[tuple[float, int]] = []
-        place = None
-        while heap:
-            time, number = heapq.heappop(heap)
-            place = groups[number].find(length, seconds)
-            if place is not None or groups[number].num_rows < max_rows:
-                break
-            passed.append((time, number))
-        else:
-            # Nobody has room: one more row for the least busy.
-            time, number = passed.pop(0)
+        number = _next_group(heap, rooms, groups, time_of, length=length, max_rows=max_rows)
         group = groups[number]
+        seconds = cost.sequence_seconds(length)
         before = group.seconds
+        place = group.find(length, seconds)
         if place is None:
             place = group.open_row()
-            time += cost.per_row
+            time_of[number] += cost.per_row
         group.add(place, sequence, length, seconds)
-        heapq.heappush(heap, (time + group.seconds - before, number))
-        for entry in passed:
-            heapq.heappush(heap, entry)
+        time_of[number] += group.seconds - before
+        heapq.heappush(heap, (time_of[number], number))
+        heapq.heappush(rooms, (-group.most_room, number))
+
+
+def _next_group(
+    heap: list[tuple[float, int]],
+    rooms: list[tuple[int, int]],
+    groups: Sequence["_Group"],
+    time_of: Sequence[float],
+    *,
+    length: int,
+    max_rows: int,
+) -> int:
+    """The least busy group with room (of the first few), else the roomiest, else the least busy.
+
+    Both heaps hold outdated entries of groups that have been filled since.
+    """
+    passed: list[tuple[float, int]] = []
+    found = -1
+    while heap and found < 0 and len(passed) < _NUM_LOOKS:
+        time, number = heapq.heappop(heap)
+        if time != time_of[number]:
+            continue
+        passed.append((time, number))
+        if groups[number].most_room >= length or groups[number].num_rows < max_rows:
+            found = number
+    least_busy = passed[0][1]
+    for entry in passed:
+        heapq.heappush(heap, entry)
+    while found < 0:
+        room, number = rooms[0]
+        if -room != groups[number].most_room:
+            heapq.heappop(rooms)
+        elif -room >= length:
+            found = number
+        else:
+            found = least_busy
+    return found
 
 
 class _Group:
@@ -115,6 +148,11 @@ class _Group:
         self.slowest: list[float] = []
         for _ in range(max(map(len, columns))):
             self.open_row()
+
+    @property
+    def most_room(self) -> int:
+        """Tokens that the emptiest cell can take."""
+        return max((cell.room for column in self.columns for cell in column), default=0)
 
     @property
     def num_rows(self) -> int:

@@ -1,14 +1,16 @@
 """Plans in which a meeting has one index on all its ranks: for pipelines and groups of experts.
 
 Row k is what the ranks run as their k-th micro-batch, a `Cell` one rank's part of it. Shared
-sequences come first, longest first: each takes the row, and of the free ranks those, on which the
-step grows least. In a pipeline that puts heavy rows together on few ranks, since only the longest
-row of a rank makes its bubble. Whole sequences fill the cells (`row_fill`). How wide blocks are and
-how many rows there may be is tried, and `predict` decides.
+sequences come first, longest first, so that the blocks of a row last about equally long: each takes
+the first row with enough free ranks, and of these the ones that grow least by it. In a pipeline
+they are those with another heavy row, since only the longest makes a rank's bubble. Whole sequences
+fill the cells (`row_fill`). How wide blocks are and how many rows there may be is tried, and
+`predict` decides.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +24,23 @@ from parallel.plan.predict import predict
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 from parallel.plan.row_fill import Cell, RowCost, fill_rows
 
+
+class _Way(NamedTuple):
+    """How to make one of the plans that are tried."""
+
+    communication_share: float
+    """What its exchange may cost of a sequence's work. Wide blocks make short bubbles."""
+    spare_rows: int
+    """Rows that ranks may open beyond the fewest."""
+
+
+_ANY = 1 << 30
+_WAYS = (_Way(0.01, 0), _Way(0.0, 0), _Way(0.01, _ANY), _Way(0.05, 0), _Way(0.01, 1))
+"""The likeliest first."""
+# Sequences placed, of all tries together, after which the best is taken; two tries there are.
+_EFFORT = 20_000
 # A step this much over the bound is taken at once.
 _GOOD_ENOUGH = 1.01
-# Of a sequence's work, what its exchange may cost for a wide block.
-_COMMUNICATION_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +62,12 @@ def plan_rows(
 ) -> StepPlan:
     """Plan a step of sequences that the ranks can hold."""
     best: tuple[float, StepPlan] | None = None
-    for is_wide, spare_rows in ((True, 0), (True, 1), (True, 4), (False, 0), (False, 4)):
-        rows = _Rows(lengths, limits, cost_model, host_memory)
-        plan = rows.plan(is_wide=is_wide, spare_rows=spare_rows)
+    effort = -len(lengths)
+    for way in _WAYS:
+        if way.spare_rows and limits.num_pipeline_stages == 1:
+            # Rows that are not padded cost nothing, so there is no limit to spare.
+            continue
+        plan = _Rows(lengths, limits, cost_model, host_memory, way).plan()
         found = predict(
             plan,
             cost_model,
@@ -59,7 +77,8 @@ def plan_rows(
         )
         if best is None or found.step_seconds < best[0]:
             best = (found.step_seconds, plan)
-        if found.step_seconds <= _GOOD_ENOUGH * found.bound_seconds:
+        effort += len(lengths)
+        if found.step_seconds <= _GOOD_ENOUGH * found.bound_seconds or effort > _EFFORT:
             break
     assert best is not None
     return best[1]
@@ -74,7 +93,9 @@ class _Rows:
         limits: RowLimits,
         cost_model: CostModel,
         host_memory: HostMemory | None,
+        way: _Way,
     ) -> None:
+        self.way = way
         self.lengths = lengths
         self.limits = limits
         self.cost_model = cost_model
@@ -105,14 +126,14 @@ class _Rows:
             num_micro_batches=self._fewest_rows(),
         )
 
-    def plan(self, *, is_wide: bool, spare_rows: int) -> StepPlan:
+    def plan(self) -> StepPlan:
         limits = self.limits
         length = np.asarray(self.lengths, dtype=np.int64)
         longest_first = np.argsort(-length, kind="stable").tolist()
         num_shared = int((length > limits.tokens_per_rank).sum())
         for candidate in self._candidates(longest_first[:num_shared]):
-            self._place(candidate, is_wide=is_wide)
-        max_rows = max(len(self.taken), self._fewest_rows()) + spare_rows
+            self._place(candidate)
+        max_rows = max(len(self.taken), self._fewest_rows()) + self.way.spare_rows
         fill_rows(
             self.columns,
             longest_first[num_shared:],
@@ -140,7 +161,8 @@ class _Rows:
             [self._fewest_ranks(length) for length in lengths],
             num_ranks=limits.num_ranks,
             cost_model=self.cost_model,
-            communication_share=_COMMUNICATION_SHARE,
+            communication_share=self.way.communication_share,
+            against_idling=self.way.communication_share,
             target=self.bound,
         )
 
@@ -157,52 +179,42 @@ class _Rows:
         per_row = self.limits.num_ranks * self.limits.tokens_per_rank
         return -(-sum(self.lengths) // per_row)
 
-    def _place(self, candidate: Candidate, *, is_wide: bool) -> None:
-        """A shared sequence into the row and on the ranks that grow least by it."""
+    def _place(self, candidate: Candidate) -> None:
+        """A shared sequence into the first row in which enough ranks are free."""
         group = self.limits.expert_parallel_size
-        count = candidate.most if is_wide else candidate.fewest
+        count = candidate.most
         if count > group:
             # Whole groups of experts, so that none of their ranks waits in this row.
             count = min(-(-count // group) * group, candidate.limit)
-        best: tuple[float, int, list[int]] | None = None
-        for row in range(len(self.taken) + 1):
-            if row == len(self.taken):
-                if best is not None:
-                    break
-                self.taken.append(np.zeros(self.limits.num_ranks, dtype=bool))
-            free = np.flatnonzero(~self.taken[row])
-            if len(free) < candidate.fewest:
-                continue
-            ranks, growth = self._choose(free, min(count, len(free)), candidate)
-            if best is None or growth < best[0]:
-                best = (growth, row, ranks)
-        assert best is not None
-        self._add_block(candidate, best[1], best[2])
+        num_free = [self.limits.num_ranks - int(taken.sum()) for taken in self.taken]
+        rows = (row for row, num in enumerate(num_free) if num >= candidate.fewest)
+        row = next(rows, len(self.taken))
+        if row == len(self.taken):
+            self.taken.append(np.zeros(self.limits.num_ranks, dtype=bool))
+        free = np.flatnonzero(~self.taken[row])
+        ranks = self._choose(free, min(count, len(free)), candidate)
+        self._add_block(candidate, row, ranks)
 
-    def _choose(
-        self, free: npt.NDArray[np.int64], count: int, candidate: Candidate
-    ) -> tuple[list[int], float]:
-        """Of the free ranks those that grow least, and by how much in all."""
+    def _choose(self, free: npt.NDArray[np.int64], count: int, candidate: Candidate) -> list[int]:
+        """Of the free ranks those that grow least."""
         seconds = candidate.on(count)
         bubble = self.limits.num_pipeline_stages - 1
         longest = np.maximum(self.longest[free], seconds)
         after = self.busy[free] + seconds + bubble * longest
-        # A rank that has as heavy a row already pays no further bubble: heavy rows go together, as
-        # long as that makes no rank late.
-        growth = bubble * (longest - self.longest[free])
-        growth += (after > self.target) * (after - self.target) * len(self.busy)
         group = self.limits.expert_parallel_size
         if group == 1:
-            order = np.lexsort((free, after, growth))[:count]
+            # Heavy rows go together, as long as that makes no rank late.
+            growth = bubble * (longest - self.longest[free])
+            growth += np.maximum(0.0, after - self.target) * len(self.busy)
+            order = np.lexsort((free, after, growth))
         else:
             number = free // group
             num_free = np.bincount(number)[number]
             latest = np.zeros(int(number.max()) + 1)
             np.maximum.at(latest, number, after)
             # Groups with enough free ranks first, then the idlest; a group stays together.
-            order = np.lexsort((free, number, latest[number], -np.minimum(num_free, count)))[:count]
-        total = float(growth[order].sum()) + 1e-6 * float(after[order].sum())
-        return sorted(free[order].tolist()), total
+            order = np.lexsort((free, number, latest[number], -np.minimum(num_free, count)))
+        return sorted(free[order[:count]].tolist())
 
     def _add_block(self, candidate: Candidate, row: int, ranks: Sequence[int]) -> None:
         sequence, count = candidate.sequence, len(ranks)

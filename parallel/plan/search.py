@@ -9,6 +9,7 @@ cut (`cuts`) and packed into micro-batches of at most C tokens.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,11 +25,33 @@ from parallel.plan.uneven import UnevenCut, level_ends
 
 # A plan this much over the bound is taken at once.
 _GOOD_ENOUGH = 1.003
+# Blocks may end this much after the bound, rather than take one more rank for a hair.
+_SLACK = 1.002
 # A rank that ends this much after the bound is worth an uneven cut.
 _EVEN_ENOUGH = 1.001
 # Sequences placed, of all tries together, after which the best is taken; two tries there are.
 _EFFORT = 6000
 _RANDOM_STYLES = 60
+
+
+class _Sharing(NamedTuple):
+    """Which sequences are shared, and by how many."""
+
+    alone: float
+    """Part of the bound above which a sequence is shared although one rank holds it."""
+    communication_share: float
+    """Of its work, what its exchange may cost."""
+    against_idling: float
+    """The same where ranks would be idle otherwise."""
+
+
+_SHARINGS = (
+    _Sharing(1.0, 0.003, 0.05),
+    _Sharing(1.0, 0.02, 0.25),
+    _Sharing(0.3, 0.02, 0.05),
+    _Sharing(0.1, 0.003, 0.25),
+)
+"""The likeliest first."""
 
 
 @dataclass(slots=True)
@@ -53,6 +76,18 @@ def plan_free(
     """Plan a step of sequences that num_ranks ranks can hold; ranks run at their own pace."""
     search = _Search(lengths, num_ranks, tokens_per_rank, cost_model, host_memory)
     return search.build(search.best())
+
+
+def _even(_: Sequence[int], even: int) -> int:
+    return even
+
+
+def _fewest(options: Sequence[int], _: int) -> int:
+    return options[0]
+
+
+def _middle(options: Sequence[int], _: int) -> int:
+    return options[len(options) // 2]
 
 
 class _Search:
@@ -93,7 +128,7 @@ class _Search:
             schedule = place_blocks(
                 candidates,
                 num_ranks=self.num_ranks,
-                target=self.target,
+                target=_SLACK * self.target,
                 waiting_weight=0.5,
                 style=style,
             )
@@ -112,40 +147,30 @@ class _Search:
 
     def _ways(self) -> Iterator[tuple[list[Candidate], list[int], Style]]:
         """Which sequences to share, and how many ranks to choose; the likeliest first."""
-        splits: dict[tuple[float, float], tuple[list[Candidate], list[int]]] = {}
+        known: dict[_Sharing, tuple[list[Candidate], list[int]]] = {}
 
-        def split(alone: float, share: float) -> tuple[list[Candidate], list[int]]:
-            if (alone, share) not in splits:
-                splits[alone, share] = self._split(alone * self.target, share)
-            return splits[alone, share]
+        def split(sharing: _Sharing) -> tuple[list[Candidate], list[int]]:
+            if sharing not in known:
+                known[sharing] = self._split(sharing)
+            return known[sharing]
 
-        def most(options: Sequence[int]) -> int:
-            return options[-1]
-
-        def fewest(options: Sequence[int]) -> int:
-            return options[0]
-
-        def middle(options: Sequence[int]) -> int:
-            return options[len(options) // 2]
-
-        for style in (most, fewest, middle):
-            yield *split(1.0, 0.003), style
-        for alone, share in ((1.0, 0.02), (0.3, 0.02)):
-            for style in (most, fewest):
-                yield *split(alone, share), style
+        for style in (_even, _fewest, _middle):
+            yield *split(_SHARINGS[0]), style
+        for sharing in _SHARINGS[1:]:
+            for style in (_even, _fewest):
+                yield *split(sharing), style
         # The same choices in every process.
         generator = random.Random(0)
         for number in range(_RANDOM_STYLES):
-            yield *split((1.0, 0.3, 0.1)[number % 3], (0.003, 0.02)[number % 2]), generator.choice
+            sharing = _SHARINGS[number % len(_SHARINGS)]
+            yield *split(sharing), lambda options, _: generator.choice(options)
 
-    def _split(self, alone: float, share: float) -> tuple[list[Candidate], list[int]]:
-        """Candidates and whole sequences, longest first.
-
-        alone: seconds above which a sequence is shared although one rank holds it.
-        """
+    def _split(self, sharing: _Sharing) -> tuple[list[Candidate], list[int]]:
+        """Candidates and whole sequences, longest first."""
         first = len(self.longest_first)
         for place, index in enumerate(self.longest_first):
-            if self.lengths[index] <= self.capacity and self.seconds[index] <= alone:
+            is_quick = self.seconds[index] <= sharing.alone * self.target
+            if self.lengths[index] <= self.capacity and is_quick:
                 first = place
                 break
         shared, whole = self.longest_first[:first], self.longest_first[first:]
@@ -159,7 +184,8 @@ class _Search:
             ],
             num_ranks=self.num_ranks,
             cost_model=self.cost_model,
-            communication_share=share,
+            communication_share=sharing.communication_share,
+            against_idling=sharing.against_idling,
             target=self.target,
         )
         return candidates, whole

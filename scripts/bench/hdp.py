@@ -49,12 +49,6 @@ LLAMA_7B = ModelShape(
     kv_channels=128,
     vocab_size=128_256,
 )
-# bf16, flash attention, no recomputation: inputs of norms, linear maps, attention and SwiGLU.
-ACTIVATION_BYTES_PER_TOKEN_AND_LAYER = 2 * (
-    4 * LLAMA_7B.hidden_size
-    + 2 * (LLAMA_7B.num_attention_heads + LLAMA_7B.num_query_groups) * LLAMA_7B.kv_channels
-    + 3 * LLAMA_7B.ffn_hidden_size
-)
 VARIANTS = ("static_cp", "dynamic", "+ offload", "+ balance", "+ balance, no offload")
 # ByteScale, figure 19: 7B, 2M, Byted, 1,024 GPUs; and the headline for GitHub.
 PAPER = {"dynamic": 1.59, "+ offload": 2.01, "+ balance": 3.69}
@@ -87,11 +81,7 @@ class Constants:
 
     @property
     def host_memory(self) -> HostMemory:
-        return HostMemory(
-            num_layers=LLAMA_7B.num_layers,
-            activation_bytes=ACTIVATION_BYTES_PER_TOKEN_AND_LAYER,
-            bytes_per_second=self.host_gigabytes * 1e9,
-        )
+        return HostMemory.from_model(LLAMA_7B, bytes_per_second=self.host_gigabytes * 1e9)
 
 
 def plan_in_order(

@@ -64,6 +64,7 @@ def compare_steps(run: Any, num_steps: int, cost_model: Any) -> list[dict[str, A
     from megatron_ext.optimizer import clip_and_step, set_learning_rate
     from megatron_ext.plan_agreement import agree_on_plan
     from megatron_ext.planners import plan_step
+    from megatron_ext.run_costs import RunCosts
     from megatron_ext.step import run_micro_batches
     from parallel.plan.predict import predict
 
@@ -77,7 +78,7 @@ def compare_steps(run: Any, num_steps: int, cost_model: Any) -> list[dict[str, A
             parallel = run.config.parallel.model_copy(update={"planner": planner})
             config = run.config.model_copy(update={"parallel": parallel})
             plan = plan_step(
-                lengths, config, num_data_ranks=run.mesh.data_size, cost_model=cost_model
+                lengths, config, num_data_ranks=run.mesh.data_size, costs=RunCosts(cost_model)
             )
             agree_on_plan(plan.digest(), device=run.device.device)
             batches = run.reader.read(plan, refs, run.data.train)

@@ -42,6 +42,7 @@ def run_plans(tree: dict[str, Any], plans: Sequence[StepPlan]) -> list[tuple[flo
     from megatron_ext.training_data import SequenceRef
 
     found: list[tuple[float, dict[str, Tensor]]] = []
+    num_bytes_offloaded = 0
     with opened(tree) as run:
         for plan in plans:
             for chunk in run.chunks:
@@ -55,4 +56,7 @@ def run_plans(tree: dict[str, Any], plans: Sequence[StepPlan]) -> list[tuple[flo
             for part in run.optimizer.chained_optimizers:
                 part.prepare_grads()
             found.append((loss.mean, whole_tensors(run, "grad")))
+            if run.offload is not None:
+                num_bytes_offloaded += run.offload.end_step().offloaded_bytes
+        assert run.offload is None or num_bytes_offloaded > 0, "nothing was offloaded"
     return found

@@ -77,7 +77,7 @@ def profile_and_plan(tree: dict[str, Any], path: str) -> dict[str, float]:
         assert profile(run) == 0
     tree = tree | {"parallel": {"cost_profile": path, "planner": "hdp"}}
     with opened(tree) as run:
-        costs = run.cost_model
+        costs = run.costs.cost_model
         assert costs.communication is not None
         run.loader.take(is_last=True)
         return {

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from parallel.attention.local import Backend
 from parallel.attention.packed import packed_attention
-from parallel.attention.shared_rows import shared_rows
+from parallel.attention.shared_rows import SharedRows, shared_rows
 from parallel.comm.exchange import Exchange
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 from parallel.plan.rings import RowLayout, row_layouts
 from parallel.plan.split import head_tail_pieces
-from tests.parallel.attention.packed_case import PackedCase
+from tests.parallel.attention.packed_case import PackedCase, assert_as_good_as_plain, yardsticks
+from tests.rank_pool import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class SharedCase:
     @property
     def num_ranks(self) -> int:
         return len(self.pieces)
+
+    @property
+    def rings(self) -> set[tuple[int, ...]]:
+        """The ranks of each."""
+        return {ring.ranks for rank in range(self.num_ranks) for ring in self.layout(rank).rings}
 
     def layout(self, rank: int) -> RowLayout:
         plan = StepPlan(
@@ -49,45 +55,91 @@ class SharedCase:
         return torch.cat([torch.empty(0, dtype=torch.long), *parts])
 
 
-def head_tail(
-    lengths: Sequence[int], rings: Sequence[Sequence[int]], num_ranks: int
-) -> tuple[tuple[Piece, ...], ...]:
-    """Each rank's pieces, sequence i cut head to tail for the ranks rings[i]."""
-    found: list[list[Piece]] = [[] for _ in range(num_ranks)]
-    for sequence, (length, ranks) in enumerate(zip(lengths, rings, strict=True)):
-        for rank, pieces in zip(ranks, head_tail_pieces(sequence, length, len(ranks)), strict=True):
-            found[rank] += pieces
-    return tuple(tuple(pieces) for pieces in found)
+def head_tail_case(
+    name: str,
+    rings: dict[tuple[int, ...], tuple[int, ...]],
+    *,
+    heads: tuple[int, int, int] = (4, 2, 16),
+    padding: int = 0,
+    ulysses: tuple[tuple[int, ...], ...] = (),
+) -> SharedCase:
+    """A case from {ranks: lengths of the sequences that these ranks share}, cut head to tail."""
+    lengths = tuple(length for shared in rings.values() for length in shared)
+    members = [ranks for ranks, shared in rings.items() for _ in shared]
+    pieces: list[list[Piece]] = [[] for _ in range(1 + max(map(max, members)))]
+    for sequence, (length, ranks) in enumerate(zip(lengths, members, strict=True)):
+        for rank, mine in zip(ranks, head_tail_pieces(sequence, length, len(ranks)), strict=True):
+            pieces[rank] += mine
+    packed = PackedCase(name, lengths, *heads, padding=padding)
+    return SharedCase(packed, tuple(tuple(mine) for mine in pieces), ulysses)
 
 
-def on_rank(cases: Sequence[SharedCase], dtype: torch.dtype) -> list[list[Tensor]]:
-    """Run in every rank: output and gradients of its rows, padding included, case by case."""
-    rank = torch.distributed.get_rank()
-    return [_results(case, rank, dtype) for case in cases]
+def cut_case(
+    name: str,
+    *sequences: tuple[tuple[int, int], ...],
+    heads: tuple[int, int, int] = (2, 1, 8),
+    padding: int = 2,
+    ulysses: tuple[tuple[int, ...], ...] = (),
+) -> SharedCase:
+    """A case from sequences as (rank, number of tokens) of each piece from head to tail."""
+    num_ranks = 1 + max(rank for cuts in sequences for rank, _ in cuts)
+    pieces: list[list[Piece]] = [[] for _ in range(num_ranks)]
+    for sequence, cuts in enumerate(sequences):
+        position = 0
+        for rank, num_tokens in cuts:
+            if num_tokens:
+                pieces[rank].append(Piece(sequence, position, position + num_tokens))
+            position += num_tokens
+    lengths = tuple(sum(tokens for _, tokens in cuts) for cuts in sequences)
+    packed = PackedCase(name, lengths, *heads, padding=padding)
+    return SharedCase(packed, tuple(tuple(mine) for mine in pieces), ulysses)
 
 
-def _results(case: SharedCase, rank: int, dtype: torch.dtype) -> list[Tensor]:
-    if rank >= case.num_ranks:
-        return []
-    own = case.indices(rank)
-    # What stands in padding must not matter.
-    mine = [
-        torch.cat((x.detach()[own], x.new_full((case.packed.padding, *x.shape[1:]), torch.nan)))
-        for x in case.packed.tensors(dtype=dtype)
-    ]
-    leaves = [x.requires_grad_() for x in mine[:3]]
+Attention = Callable[[SharedCase, SharedRows, tuple[Tensor, Tensor, Tensor], Tensor], list[Tensor]]
+"""From query, key, value and the gradient of the output: output and three gradients."""
+
+
+def public_call(
+    case: SharedCase, rows: SharedRows, tensors: tuple[Tensor, Tensor, Tensor], grad: Tensor
+) -> list[Tensor]:
+    """`packed_attention` and autograd."""
+    query, key, value = (x.requires_grad_() for x in tensors)
     output = packed_attention(
-        *leaves,
-        rows=shared_rows(
-            case.layout(rank), device=torch.device("cpu"), ulysses_rings=case.ulysses_rings
-        ),
+        query,
+        key,
+        value,
+        rows=rows,
         exchange=Exchange(None),
         softmax_scale=case.packed.softmax_scale,
         backend=case.backend,
     )
+    leaves = (query, key, value)
     # With padding alone a leaf may not be used at all.
-    grads = torch.autograd.grad(output, leaves, mine[3], allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(output, leaves, grad, allow_unused=True, materialize_grads=True)
     return [output.detach(), *grads]
+
+
+def on_rank(
+    cases: Sequence[SharedCase], dtype: torch.dtype, attention: Attention = public_call
+) -> list[list[Tensor]]:
+    """Run in every rank: output and gradients of its rows, padding included, case by case."""
+    rank = torch.distributed.get_rank()
+    return [_results(case, rank, dtype, attention) for case in cases]
+
+
+def _results(case: SharedCase, rank: int, dtype: torch.dtype, attention: Attention) -> list[Tensor]:
+    if rank >= case.num_ranks:
+        return []
+    own = case.indices(rank)
+    # What stands in padding must not matter.
+    query, key, value, grad = (
+        torch.cat((x.detach()[own], x.new_full((case.packed.padding, *x.shape[1:]), torch.nan)))
+        for x in case.packed.tensors(dtype=dtype)
+    )
+    rows = shared_rows(
+        case.layout(rank), device=torch.device("cpu"), ulysses_rings=case.ulysses_rings
+    )
+    return attention(case, rows, (query, key, value), grad)
 
 
 def together(case: SharedCase, found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -105,4 +157,12 @@ def together(case: SharedCase, found: Sequence[Sequence[Tensor]]) -> list[Tensor
     return whole
 
 
-Run = Callable[..., list[list[list[Tensor]]]]
+def check(ranks: Ranks, cases: Sequence[SharedCase], dtype: torch.dtype, *args: Attention) -> None:
+    """The answers of real ranks are as good as their precision lets attention be."""
+    num_ranks = max(case.num_ranks for case in cases)
+    found = ranks.run(num_ranks, on_rank, cases, dtype, *args)
+    for number, case in enumerate(cases):
+        answer = together(case, [results[number] for results in found])
+        assert [x.dtype for x in answer] == [dtype] * 4
+        what = f"{case.packed.name}, {case.backend}, Ulysses {case.ulysses_rings}"
+        assert_as_good_as_plain(answer, yardsticks(case.packed, dtype), what=what)

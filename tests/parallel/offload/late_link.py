@@ -65,8 +65,8 @@ class LateLink:
     def copy_out(self, copies: Copies, *, after: Iterable[Ticket] = ()) -> Ticket:
         return self._add("out", copies, after)
 
-    def copy_back(self, copies: Copies, *, after: Iterable[Ticket] = ()) -> Ticket:
-        return self._add("back", copies, after)
+    def copy_back(self, copies: Copies) -> Ticket:
+        return self._add("back", copies, ())
 
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, Job)

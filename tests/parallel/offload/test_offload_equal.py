@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Hashable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from parallel.errors import PlanError
 from parallel.offload.link import InlineLink, Link
-from parallel.offload.offload import Offload
+from parallel.offload.offload import NUM_RESIDENT_LAYERS, Offload
 from parallel.offload.shuttle import Shuttle
 from tests.parallel.offload.late_link import LateLink
 from tests.parallel.offload.small_net import MicroBatch, Net, run_step
@@ -76,17 +78,28 @@ def schedules(draw: st.DrawFn) -> tuple[list[MicroBatch], list[tuple[str, int]]]
     num_layers=st.integers(1, 6),
     page_bytes=st.sampled_from([1 << 12, 1 << 13, 1 << 20]),
     recompute=st.booleans(),
+    is_last_chunk=st.booleans(),
 )
 def test_any_order_of_micro_batches(
     schedule: tuple[list[MicroBatch], list[tuple[str, int]]],
     num_layers: int,
     page_bytes: int,
     recompute: bool,
+    is_last_chunk: bool,
 ) -> None:
+    """All layers may leave where other chunks follow; then passes call each other back early."""
     batches, order = schedule
     net = Net(num_layers)
     link = LateLink()
-    offload = offload_of(net, link, page_bytes=page_bytes)
+    backward = [index for direction, index in order if direction == "backward"]
+    following: dict[Hashable, Hashable] = dict(pairwise(backward))
+    num_rank_layers = num_layers if is_last_chunk else num_layers + NUM_RESIDENT_LAYERS
+    offload = Offload(
+        Shuttle(CPU, link=link, page_bytes=page_bytes),
+        num_layers=num_rank_layers,
+        weights=net.parameters(),
+        successor=following.get,
+    )
     wanted = run_step(net, batches, offload=None, order=order)
     # Twice, so that host memory is used again.
     for _ in range(2):
@@ -94,8 +107,31 @@ def test_any_order_of_micro_batches(
         count = offload.end_step()
         check_equal([*map(torch.nan_to_num, found)], [*map(torch.nan_to_num, wanted)])
         assert link.num_under_way == 0
-        moves = num_layers > 2 and any(round(b.ratio * b.num_tokens) > 0 for b in batches)
+        moves = num_rank_layers > NUM_RESIDENT_LAYERS and any(
+            round(batch.ratio * batch.num_tokens) > 0 for batch in batches
+        )
         assert (count.offloaded_bytes > 0) == moves
+
+
+def test_a_pass_that_was_called_back_early_may_be_dropped() -> None:
+    net = Net(2)
+    link = LateLink()
+    offload = Offload(
+        Shuttle(CPU, link=link),
+        num_layers=4,
+        weights=net.parameters(),
+        successor={0: 1}.get,  # type: ignore[arg-type]
+    )
+    x, table = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32)
+    losses = []
+    for index in range(3):
+        with offload.forward_pass(0.5, num_tokens=[64], shared=[table], name=index) as watched:
+            losses.append(net(x, table, watched).sum())
+    losses[0].backward()
+    assert link.num_under_way > 0
+    del losses, watched
+    offload.end_step()
+    assert link.num_under_way == 0
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])

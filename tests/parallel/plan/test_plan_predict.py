@@ -87,9 +87,7 @@ def test_exchange_by_ring_and_by_heads() -> None:
 
 def test_sequences_with_the_same_ranks_share_their_hops() -> None:
     one, two = _shared(0, [6, 6]), _shared(1, [4, 4])
-    together = tuple(
-        (MicroBatch((*a.pieces, *b.pieces)),) for a, b in zip(one, two, strict=True)
-    )
+    together = tuple((MicroBatch((*a.pieces, *b.pieces)),) for a, b in zip(one, two, strict=True))
     found = predict(StepPlan((12, 8), 10, together), COST)
     ring = float(RING.ring_seconds(2, block_tokens=10, hop_seconds=0.01 * (36 + 16)))
     work = (COST.sequence_seconds(12) + COST.sequence_seconds(8)) / 2 + 2.0
@@ -147,9 +145,7 @@ def test_a_pipeline_takes_about_what_is_predicted(plan: StepPlan, stages: int) -
 
 @given(_plans(), st.sampled_from((COST, LINEAR)), st.integers(1, 3))
 def test_no_plan_beats_the_bound(plan: StepPlan, cost: CostModel, stages: int) -> None:
-    found = predict(
-        plan, cost, num_pipeline_stages=stages, max_ranks_per_sequence=plan.num_ranks
-    )
+    found = predict(plan, cost, num_pipeline_stages=stages, max_ranks_per_sequence=plan.num_ranks)
     assert found.efficiency <= 1 + 1e-9
 
 

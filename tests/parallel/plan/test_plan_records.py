@@ -71,6 +71,18 @@ WHOLE = (Piece(0, 0, 5), Piece(1, 0, 2), Piece(1, 6, 8))
         ),
         (_with_first_batch(*WHOLE, offload_ratio=1.5), "offload_ratio 1.5"),
         (replace(PLAN, micro_batches=()), "no rank"),
+        (replace(PLAN, offloadable=1.0), r"offloadable is 1\.0"),
+        (replace(PLAN, ulysses=(1, 4)), "ulysses names 4; there are 4"),
+        (
+            replace(PLAN, tokens_per_rank=6, offloadable=0.5),
+            "micro-batch 0 of rank 0 holds 9 tokens; tokens_per_rank is 6",
+        ),
+        (
+            replace(
+                _with_first_batch(*WHOLE, offload_ratio=0.5), tokens_per_rank=6, offloadable=0.5
+            ),
+            "holds 9 tokens, 2 of them offloaded; tokens_per_rank is 6",
+        ),
     ],
 )
 def test_a_broken_plan_is_refused_with_the_place(plan: StepPlan, complaint: str) -> None:
@@ -81,6 +93,22 @@ def test_a_broken_plan_is_refused_with_the_place(plan: StepPlan, complaint: str)
 def test_a_plan_of_nothing_is_sound() -> None:
     StepPlan(lengths=(), tokens_per_rank=1, micro_batches=((), ())).check()
     StepPlan(lengths=(0, 0), tokens_per_rank=1, micro_batches=((MicroBatch(),),)).check()
+
+
+def test_what_is_offloaded_makes_room() -> None:
+    plan = replace(
+        _with_first_batch(*WHOLE, offload_ratio=0.75), tokens_per_rank=6, offloadable=0.5
+    )
+    # 9 (1 - 0.75 x 0.5) = 5.6 stay.
+    plan.check()
+    assert plan.most_tokens == 12
+    assert plan.longest_micro_batch == 9
+
+
+def test_a_record_of_before_has_neither_heads_nor_offloading() -> None:
+    record = PLAN.to_dict()
+    del record["ulysses"], record["offloadable"]
+    assert StepPlan.from_dict(record) == PLAN
 
 
 @st.composite
@@ -102,6 +130,8 @@ def _cut_plans(draw: st.DrawFn) -> StepPlan:
         lengths=tuple(lengths),
         tokens_per_rank=30,
         micro_batches=tuple(tuple(rank) for rank in batches),
+        ulysses=draw(st.sampled_from(((), tuple(range(len(lengths)))))),
+        offloadable=draw(st.sampled_from((0.0, 0.5))),
     )
 
 
@@ -137,6 +167,9 @@ CHANGES: tuple[Callable[[StepPlan], StepPlan], ...] = (
     lambda plan: replace(plan, micro_batches=(*plan.micro_batches, ())),
     lambda _: _with_first_batch(*WHOLE, offload_ratio=0.25),
     lambda _: _with_first_batch(*WHOLE[::-1]),
+    lambda plan: replace(plan, ulysses=(1,)),
+    lambda plan: replace(plan, ulysses=(1, 2)),
+    lambda plan: replace(plan, offloadable=0.5),
     # The same pieces in the same order, with another border between micro-batches.
     lambda plan: replace(
         plan,

@@ -1,0 +1,401 @@
+"""Attention over shared sequences against its limits: computation alone, communication alone.
+
+    python scripts/bench/ring.py [--ranks 2] [--tokens-per-rank 4096] [--json FILE]
+    python scripts/bench/ring.py --device cuda [--ranks 8] [--tokens-per-rank 8192]
+
+On CPU ranks of one thread each, forward + backward of one layer is timed in turns
+
+    ring            as it is
+    compute         the same kernels, merges and copies, with nothing sent
+    communication   the same messages and copies, with no kernel
+    whole           every rank alone: as many sequences' worth of whole documents with flash kernels
+                    as makes the same number of pairs of query and key
+
+and printed are medians over rounds of the slowest rank's time, and of the ratio max(compute,
+communication) / ring: how much of the shorter one is hidden. `whole / ring` also counts what it
+costs to compute attention in pieces. Ranks that share cores with the thread that carries messages
+cannot hide it for nothing: with as many ranks as cores, compute + communication is what is left.
+
+On one GPU there is nobody to talk to. There the blocks of all ranks are computed one rank after
+the other, with nothing sent, against one flash call over the whole sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+
+from parallel.attention.block import Attended, BlockKernels, Gradients
+from parallel.attention.block_choice import choose_blocks
+from parallel.attention.packed import packed_attention
+from parallel.attention.shared_pass import SharedPass
+from parallel.attention.shared_rows import Documents, Rectangles, SharedRows, shared_rows
+from parallel.comm.exchange import Exchange, Message, Round
+from parallel.plan.records import MicroBatch, Piece, StepPlan
+from parallel.plan.rings import RowLayout, row_layouts
+from parallel.plan.split import head_tail_pieces
+
+# Parts of all ranks' tokens that are shared by all of them; whole documents fill up each rank.
+BATCHES = {
+    "one sequence": (1.0,),
+    "three sequences": (0.5, 0.3, 0.2),
+    "one and whole documents": (0.5,),
+}
+DOCUMENT_PART = 0.07
+"""Tokens of a whole document, as a part of a rank's tokens."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    dtype: str
+
+    def tensors(self, num_tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """query, key, value and the gradient of the output."""
+        heads = (self.num_heads, self.num_query_groups, self.num_query_groups, self.num_heads)
+        dtype = getattr(torch, self.dtype)
+        query, key, value, grad = (
+            torch.randn(num_tokens, num, self.head_dim).to(device=device, dtype=dtype)
+            for num in heads
+        )
+        return query, key, value, grad
+
+
+def batch_layouts(name: str, *, num_ranks: int, tokens_per_rank: int) -> list[RowLayout]:
+    """One micro-batch a rank: shared sequences cut head to tail, then whole documents."""
+    total = num_ranks * tokens_per_rank
+    lengths = [int(part * total) for part in BATCHES[name]]
+    pieces: list[list[Piece]] = [[] for _ in range(num_ranks)]
+    for sequence, length in enumerate(lengths):
+        for rank, mine in enumerate(head_tail_pieces(sequence, length, num_ranks)):
+            pieces[rank] += mine
+    for mine in pieces:
+        left = tokens_per_rank - sum(piece.num_tokens for piece in mine)
+        while left > 0:
+            length = min(left, max(1, int(DOCUMENT_PART * tokens_per_rank)))
+            mine.append(Piece(len(lengths), 0, length))
+            lengths.append(length)
+            left -= length
+    batches = tuple((MicroBatch(tuple(mine)),) for mine in pieces)
+    plan = StepPlan(tuple(lengths), tokens_per_rank, batches)
+    plan.check()
+    return [row_layouts(plan, rank)[0] for rank in range(num_ranks)]
+
+
+def num_pairs(layouts: Sequence[RowLayout]) -> int:
+    """Pairs of query and key of all ranks."""
+    pieces = {piece for layout in layouts for piece in layout.pieces}
+    return sum((p.start + p.end + 1) * p.num_tokens // 2 for p in pieces)
+
+
+class SilentExchange(Exchange):
+    """Sends nothing. What should have come is what stands in the buffers."""
+
+    def post(self, messages: Sequence[Message]) -> Round:
+        return Round()
+
+
+class NoKernels:
+    """`BlockKernels` that compute nothing."""
+
+    def documents_forward(
+        self,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: Documents,
+    ) -> None: ...
+
+    def documents_backward(
+        self,
+        gradients: Gradients,
+        attended: Attended,
+        key: Tensor,
+        value: Tensor,
+        documents: Documents,
+    ) -> None: ...
+
+    def rectangles_forward(
+        self,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rectangles: Rectangles,
+    ) -> None: ...
+
+    def rectangles_backward(
+        self,
+        gradients: Gradients,
+        attended: Attended,
+        key: Tensor,
+        value: Tensor,
+        rectangles: Rectangles,
+    ) -> None: ...
+
+
+def one_pass(
+    rows: SharedRows, exchange: Exchange, kernels: BlockKernels, tensors: tuple[Tensor, ...]
+) -> None:
+    """Forward + backward of one layer."""
+    query, key, value, grad = tensors
+    shared_pass = SharedPass(rows, exchange, kernels)
+    answer = shared_pass.forward(query, key, value)
+    attended = Attended(grad, query, answer.output, answer.log_sum_exp)
+    shared_pass.backward(attended, key, value, answer.heads)
+
+
+def whole_documents(layouts: Sequence[RowLayout], device: torch.device) -> SharedRows:
+    """All sequences of the batch as whole documents on one rank."""
+    pieces = {piece for layout in layouts for piece in layout.pieces}
+    ends: dict[int, int] = {}
+    for piece in pieces:
+        ends[piece.sequence] = max(piece.end, ends.get(piece.sequence, 0))
+    whole = tuple(Piece(sequence, 0, end) for sequence, end in sorted(ends.items()))
+    return shared_rows(RowLayout(whole, (), rank=0), device=device)
+
+
+def alone(rows: SharedRows, tensors: tuple[Tensor, ...]) -> None:
+    """Forward + backward of whole documents, as a rank without partners computes them."""
+    query, key, value = (x.detach().requires_grad_() for x in tensors[:3])
+    output = packed_attention(query, key, value, rows=rows, exchange=None)
+    torch.autograd.grad(output, (query, key, value), tensors[3])
+
+
+def as_rank(options: argparse.Namespace) -> None:
+    """One CPU rank: times everything in turns; rank 0 writes the report."""
+    import torch.distributed as dist
+
+    from megatron_ext.launch import process_group
+    from megatron_ext.launch.ranks import discover
+
+    torch.set_num_threads(1)
+    info = discover(os.environ)
+    with process_group.running(info, device=torch.device("cpu"), timeout_seconds=300.0):
+        records = [
+            measure_on_ranks(name, shape, options, rank=dist.get_rank(), num_ranks=info.world_size)
+            for shape in shapes(options)
+            for name in BATCHES
+        ]
+        if dist.get_rank() == 0:
+            (options.as_rank / "report.json").write_text(json.dumps(records))
+
+
+def measure_on_ranks(
+    name: str, shape: Shape, options: argparse.Namespace, *, rank: int, num_ranks: int
+) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    device = torch.device("cpu")
+    layouts = batch_layouts(name, num_ranks=num_ranks, tokens_per_rank=options.tokens_per_rank)
+    rows = shared_rows(layouts[rank], device=device)
+    whole = whole_documents(layouts, device)
+    kernels = choose_blocks(
+        "auto",
+        device_type="cpu",
+        dtype=getattr(torch, shape.dtype),
+        head_dim=shape.head_dim,
+        softmax_scale=shape.head_dim**-0.5,
+    )
+    torch.manual_seed(rank)
+    tensors = shape.tensors(rows.num_rows, "cpu")
+    whole_tensors = shape.tensors(whole.num_rows, "cpu")
+    exchange = Exchange(None)
+    # The same buffers for all, so that they hold numbers that a real pass has left.
+    silent = SilentExchange(None, exchange.traffic, exchange._buffers)
+    nothing = NoKernels()
+    sides: dict[str, Callable[[], None]] = {
+        "ring": lambda: one_pass(rows, exchange, kernels, tensors),
+        "compute": lambda: one_pass(rows, silent, kernels, tensors),
+        "communication": lambda: one_pass(rows, exchange, nothing, tensors),
+        "whole": lambda: alone(whole, whole_tensors),
+    }
+    before = exchange.traffic.num_bytes_sent
+    sides["ring"]()
+    num_bytes = exchange.traffic.num_bytes_sent - before
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(options.rounds + 1):
+        for side, run in sides.items():
+            dist.barrier()
+            began = time.perf_counter()
+            run()
+            took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            dist.all_reduce(took, op=dist.ReduceOp.MAX)
+            if number:
+                seconds[side].append(float(took) / (num_ranks if side == "whole" else 1))
+    return report(name, shape, layouts, seconds) | {"bytes_sent_by_rank_0": num_bytes}
+
+
+def report(
+    name: str, shape: Shape, layouts: Sequence[RowLayout], seconds: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Medians over rounds, and medians of the ratios within a round."""
+
+    def ratio(over: Callable[[int], float]) -> float:
+        return statistics.median(over(i) / ring for i, ring in enumerate(seconds["ring"]))
+
+    # Forward 4 FLOPs a pair, channel and query head; backward 2.5 times that.
+    flops = 3.5 * 4 * shape.num_heads * shape.head_dim * num_pairs(layouts)
+    found: dict[str, Any] = {"batch": name, **asdict(shape)}
+    found["num_ranks"] = len(layouts)
+    found["tokens_per_rank"] = max(sum(p.num_tokens for p in x.pieces) for x in layouts)
+    found |= {f"{side}_seconds": statistics.median(times) for side, times in seconds.items()}
+    found["gflops_per_second_per_rank"] = flops / len(layouts) / found["ring_seconds"] / 1e9
+    if "communication" in seconds:
+        limit = [
+            max(pair) for pair in zip(seconds["compute"], seconds["communication"], strict=True)
+        ]
+        found["limit_over_ring"] = ratio(lambda i: limit[i])
+    found["whole_over_ring"] = ratio(lambda i: seconds["whole"][i])
+    return found
+
+
+def measure_on_gpu(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+    """The ring's blocks of all ranks one after the other, against one call over whole sequences."""
+    device = torch.device("cuda")
+    layouts = batch_layouts(name, num_ranks=options.ranks, tokens_per_rank=options.tokens_per_rank)
+    all_rows = [shared_rows(layout, device=device) for layout in layouts]
+    whole = whole_documents(layouts, device)
+    kernels = choose_blocks(
+        "auto",
+        device_type="cuda",
+        dtype=getattr(torch, shape.dtype),
+        head_dim=shape.head_dim,
+        softmax_scale=shape.head_dim**-0.5,
+    )
+    tensors = [shape.tensors(rows.num_rows, "cuda") for rows in all_rows]
+    whole_tensors = shape.tensors(whole.num_rows, "cuda")
+    silent = SilentExchange(None)
+    for dtype in (getattr(torch, shape.dtype), torch.float32):
+        fill_buffers(silent, dtype, all_rows, shape, device)
+
+    def ring() -> None:
+        for rows, mine in zip(all_rows, tensors, strict=True):
+            one_pass(rows, silent, kernels, mine)
+
+    sides = {"ring": ring, "whole": lambda: alone(whole, whole_tensors)}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(options.rounds + 2):
+        for side, run in sides.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            if number > 1:
+                seconds[side].append(start.elapsed_time(end) / 1e3 / options.ranks)
+    return report(name, shape, layouts, seconds)
+
+
+def fill_buffers(
+    exchange: Exchange,
+    dtype: torch.dtype,
+    all_rows: Sequence[SharedRows],
+    shape: Shape,
+    device: torch.device,
+) -> None:
+    """Numbers where messages would have come: fresh memory may hold anything, NaN too."""
+    num_rows = max(step.num_rows for rows in all_rows for step in rows.steps)
+    names = ("odd key and value", "even gradients", "odd gradients", "received gradients")
+    for name in names:
+        size = (num_rows, 2, shape.num_query_groups, shape.head_dim)
+        exchange.buffer(name, size, dtype=dtype, device=device).normal_()
+
+
+def shapes(options: argparse.Namespace) -> list[Shape]:
+    return [
+        Shape(options.heads, groups, options.head_dim, dtype)
+        for dtype in options.dtypes
+        for groups in options.groups
+    ]
+
+
+def print_table(records: Sequence[dict[str, Any]]) -> None:
+    for record in records:
+        times = ", ".join(
+            f"{key.removesuffix('_seconds')} {1e3 * value:.1f}"
+            for key, value in record.items()
+            if key.endswith("_seconds")
+        )
+        ratios = ", ".join(
+            f"{key.replace('_', ' ')} {record[key]:.3f}"
+            for key in ("limit_over_ring", "whole_over_ring")
+            if key in record
+        )
+        print(
+            f"{record['batch']}, {record['dtype']}, {record['num_heads']} heads in "
+            f"{record['num_query_groups']} groups, {record['num_ranks']} x "
+            f"{record['tokens_per_rank']} tokens: ms {times}; "
+            f"{record['gflops_per_second_per_rank']:.1f} GFLOP/s a rank; {ratios}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tokens-per-rank", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--groups", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtypes", nargs="+", help="float32 and bfloat16; on a GPU bfloat16")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.dtypes is None:
+        options.dtypes = ["float32", "bfloat16"] if options.device == "cpu" else ["bfloat16"]
+    if options.as_rank is not None:
+        as_rank(options)
+        return 0
+    if options.device == "cuda":
+        device = torch.cuda.get_device_name()
+        records = [
+            measure_on_gpu(name, shape, options) for shape in shapes(options) for name in BATCHES
+        ]
+    else:
+        from megatron_ext.launch.local import run_local
+
+        device = platform.processor() or platform.machine()
+        given = list(arguments if arguments is not None else sys.argv[1:])
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, *given, "--as-rank", folder]
+            if (code := run_local(command, options.ranks)) != 0:
+                return code
+            records = json.loads((Path(folder) / "report.json").read_text())
+    print_table(records)
+    if options.json:
+        tree = {
+            "date": str(date.today()),
+            "device": device,
+            "torch": torch.__version__,
+            "rounds": options.rounds,
+            "results": records,
+        }
+        options.json.write_text(json.dumps(tree, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
