@@ -18,7 +18,7 @@ from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
 from parallel.plan.flops import ModelShape
 from parallel.plan.hdp import plan_hdp
-from parallel.plan.predict import Prediction, predict
+from parallel.plan.predict import Prediction, micro_batch_seconds, predict
 from parallel.plan.records import StepPlan
 from parallel.plan.simulate import simulate
 from parallel.plan.static_cp import plan_static_cp
@@ -58,8 +58,8 @@ def plan_step(request: StepRequest, *, as_json: bool, plot: Path | None) -> int:
 
         simulation = simulate(
             plan,
-            seconds=lambda rank, index: cost_model.micro_batch_seconds(
-                plan.micro_batches[rank][index]
+            seconds=micro_batch_seconds(
+                plan, cost_model, num_pipeline_stages=request.num_pipeline_stages
             ),
             num_pipeline_stages=request.num_pipeline_stages,
         )

@@ -16,7 +16,7 @@ from parallel.plan.cost import CostModel
 from parallel.plan.records import Piece
 
 # So many groups are asked for room before the roomiest is taken.
-_NUM_LOOKS = 8
+_NUM_LOOKS = 4
 
 
 @dataclass(slots=True)
@@ -89,9 +89,18 @@ def fill_rows(
     heapq.heapify(rooms)
     for sequence in whole:
         length = lengths[sequence]
-        number = _next_group(heap, rooms, groups, time_of, length=length, max_rows=max_rows)
-        group = groups[number]
         seconds = cost.sequence_seconds(length)
+        number = _next_group(
+            heap,
+            rooms,
+            groups,
+            time_of,
+            length=length,
+            seconds=seconds,
+            cost=cost,
+            max_rows=max_rows,
+        )
+        group = groups[number]
         before = group.seconds
         place = group.find(length, seconds)
         if place is None:
@@ -110,21 +119,37 @@ def _next_group(
     time_of: Sequence[float],
     *,
     length: int,
+    seconds: float,
+    cost: RowCost,
     max_rows: int,
 ) -> int:
-    """The least busy group with room (of the first few), else the roomiest, else the least busy.
+    """The group that is done first with the sequence, of the least busy few that can take it.
 
-    Both heaps hold outdated entries of groups that have been filled since.
+    If none of those has room, the roomiest; if that has none either, the least busy. Both heaps
+    hold outdated entries of groups that have been filled since.
     """
     passed: list[tuple[float, int]] = []
-    found = -1
-    while heap and found < 0 and len(passed) < _NUM_LOOKS:
-        time, number = heapq.heappop(heap)
+    found, earliest = -1, float("inf")
+    while heap and len(passed) < _NUM_LOOKS:
+        time, number = heap[0]
         if time != time_of[number]:
+            heapq.heappop(heap)
             continue
-        passed.append((time, number))
-        if groups[number].most_room >= length or groups[number].num_rows < max_rows:
-            found = number
+        if time >= earliest:
+            # Later ones could not be done sooner.
+            break
+        passed.append(heapq.heappop(heap))
+        group = groups[number]
+        if group.most_room >= length:
+            place = group.find(length, seconds)
+            assert place is not None
+            growth = group.growth(place, seconds)
+        elif group.num_rows < max_rows:
+            growth = cost.per_row + seconds
+        else:
+            continue
+        if time + growth < earliest:
+            found, earliest = number, time + growth
     least_busy = passed[0][1]
     for entry in passed:
         heapq.heappush(heap, entry)
@@ -180,10 +205,15 @@ class _Group:
             for row, cell in enumerate(column):
                 if cell.room < length:
                     continue
-                growth = max(0.0, cell.seconds + seconds - self.slowest[row])
+                growth = self.growth((place, row), seconds)
                 if growth < best_growth or (growth == best_growth and cell.room < best_room):
                     best, best_growth, best_room = (place, row), growth, cell.room
         return best
+
+    def growth(self, place: tuple[int, int], seconds: float) -> float:
+        """What the group takes longer if a cell does."""
+        rank, row = place
+        return max(0.0, self.columns[rank][row].seconds + seconds - self.slowest[row])
 
     def add(self, place: tuple[int, int], sequence: int, length: int, seconds: float) -> None:
         """Take a sequence into a cell."""

@@ -113,6 +113,23 @@ def test_any_order_of_micro_batches(
         assert (count.offloaded_bytes > 0) == moves
 
 
+def test_host_memory_is_not_written_before_it_was_read() -> None:
+    """Micro-batch 1 is called back while 0 ends; 3 and 4 leave to the memory of both."""
+    net = Net(2)
+    link = LateLink()
+    offload = Offload(
+        Shuttle(CPU, link=link),
+        num_layers=4,
+        weights=net.parameters(),
+        successor={0: 1}.get,  # type: ignore[arg-type]
+    )
+    batches = [MicroBatch(64, 1.0)] * 5
+    order = [("forward", 0), ("forward", 1), ("forward", 2), ("backward", 0)]
+    order += [("forward", 3), ("forward", 4), *(("backward", index) for index in (1, 2, 3, 4))]
+    found = run_step(net, batches, offload=offload, order=order)
+    check_equal(found, run_step(net, batches, offload=None, order=order))
+
+
 def test_a_pass_that_was_called_back_early_may_be_dropped() -> None:
     net = Net(2)
     link = LateLink()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import PlanError
@@ -211,6 +211,7 @@ def _cases(draw: st.DrawFn) -> _Case:
     )
 
 
+@settings(max_examples=300)
 @given(_cases())
 def test_every_plan_is_sound_and_obeys_the_ordering_rule(case: _Case) -> None:
     plan = case.plan()
@@ -240,6 +241,7 @@ def test_every_plan_is_sound_and_obeys_the_ordering_rule(case: _Case) -> None:
     assert case.plan().digest() == plan.digest()
 
 
+@settings(max_examples=200)
 @given(_cases())
 def test_the_simulator_runs_every_plan_to_its_end(case: _Case) -> None:
     plan = case.plan()
@@ -282,13 +284,29 @@ def test_the_same_plan_in_another_process() -> None:
     assert digests == {plan.digest() + "\n"}
 
 
-def _efficiency(lengths: Sequence[int], num_ranks: int, **limits: int) -> float:
+def _efficiency(
+    lengths: Sequence[int],
+    num_ranks: int,
+    *,
+    num_pipeline_stages: int = 1,
+    expert_parallel_size: int = 1,
+) -> float:
     plan = plan_hdp(
-        lengths, num_ranks=num_ranks, tokens_per_rank=8192, cost_model=LIKE_7B, **limits
+        lengths,
+        num_ranks=num_ranks,
+        tokens_per_rank=8192,
+        cost_model=LIKE_7B,
+        num_pipeline_stages=num_pipeline_stages,
+        expert_parallel_size=expert_parallel_size,
     )
     plan.check()
-    limits.pop("num_micro_batches_multiple", None)
-    return predict(plan, LIKE_7B, max_ranks_per_sequence=num_ranks, **limits).efficiency
+    return predict(
+        plan,
+        LIKE_7B,
+        num_pipeline_stages=num_pipeline_stages,
+        expert_parallel_size=expert_parallel_size,
+        max_ranks_per_sequence=num_ranks,
+    ).efficiency
 
 
 @pytest.mark.parametrize("num_ranks", [8, 64, 256])

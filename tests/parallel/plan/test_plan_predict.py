@@ -177,7 +177,8 @@ def test_bound_of_nothing() -> None:
 
 def test_large_plans_are_predicted_in_time() -> None:
     num_ranks = 12_288
-    lengths, ranks = [], []
+    lengths: list[int] = []
+    ranks: list[tuple[MicroBatch, ...]] = []
     for first in range(0, num_ranks, 512):
         sequence = len(lengths)
         lengths.append(512 * 64)
