@@ -52,7 +52,13 @@ def plan_step(request: StepRequest, *, as_json: bool, plot: Path | None) -> int:
     began = time.perf_counter()
     plan = make_plan(request, lengths, cost_model)
     plan_seconds = time.perf_counter() - began
-    found = predict(plan, cost_model, num_pipeline_stages=request.num_pipeline_stages)
+    found = predict(
+        plan,
+        cost_model,
+        num_pipeline_stages=request.num_pipeline_stages,
+        # What the best planner may do is the measure for all.
+        max_ranks_per_sequence=request.num_ranks,
+    )
     if plot is not None:
         from megatron_ext.plan_plot import plot_plan
 

@@ -1,7 +1,7 @@
 """Blocks of a ring pass in one call of a varlen flash kernel a step: the accelerators' way.
 
-Queries that see nothing in a step and keys that nobody sees are left out: the others are gathered
-into rows without gaps, which costs a copy of linear size beside work that is quadratic.
+Queries that see nothing in a step and keys that nobody sees are left out. If the others do not lie
+side by side, they are gathered: a copy of linear size beside work that is quadratic.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from parallel.attention.block import Attended, Gradients
 from parallel.attention.flash_attn_door import flash_attn_block, flash_attn_block_backward
 from parallel.attention.merge import merge_partial
-from parallel.attention.shared_rows import Documents, Rectangles
+from parallel.attention.shared_rows import Documents, Rectangles, Rows
 from parallel.attention.torch_flash import torch_flash_block, torch_flash_block_backward
 
 
@@ -129,7 +129,11 @@ class VarlenBlocks:
             softmax_scale=self.softmax_scale,
             is_causal=False,
         )
-        merge_partial(output, log_sum_exp, part, part_log_sum_exp, rows=rectangles.query_rows)
+        rows = rectangles.query_rows
+        if isinstance(rows, slice):
+            merge_partial(output[rows], log_sum_exp[:, rows], part, part_log_sum_exp)
+        else:
+            merge_partial(output, log_sum_exp, part, part_log_sum_exp, rows=rows)
 
     def rectangles_backward(
         self,
@@ -149,7 +153,7 @@ class VarlenBlocks:
             _gathered(key, key_rows),
             _gathered(value, key_rows),
             _gathered(attended.output, query_rows),
-            log_sum_exp if query_rows is None else log_sum_exp.index_select(1, query_rows),
+            _gathered(log_sum_exp.t(), query_rows).t().contiguous(),
             cu_seqlens=(rectangles.query_cu_seqlens, rectangles.key_cu_seqlens),
             max_seqlens=(rectangles.max_queries, rectangles.max_keys),
             softmax_scale=self.softmax_scale,
@@ -158,8 +162,8 @@ class VarlenBlocks:
         for gradient, share, rows in zip(
             gradients, shares, (query_rows, key_rows, key_rows), strict=True
         ):
-            if rows is None:
-                gradient += share
+            if isinstance(rows, slice):
+                gradient[rows] += share
             else:
                 # Keys that several pieces see are in there several times.
                 gradient.index_add_(0, rows, share.to(gradient.dtype))
@@ -174,5 +178,5 @@ def varlen_blocks(
     return VarlenBlocks(torch_flash_block, torch_flash_block_backward, softmax_scale)
 
 
-def _gathered(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)
+def _gathered(x: Tensor, rows: Rows) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)

@@ -18,7 +18,7 @@ float32 that one is the faster.
 import torch
 from torch import Tensor
 
-from parallel.attention.blocked import filled_length, parts, scaled_bmm
+from parallel.attention.blocked import causal_mask, filled_length, parts, scaled_bmm
 from parallel.attention.cpu_flash import by_group
 
 
@@ -33,6 +33,7 @@ def blocked_block(
     """
     precision = torch.promote_types(query.dtype, torch.float32)
     num_keys = filled_length(key)
+    later = causal_mask(query) if is_causal else None
     output = torch.empty(query.shape, dtype=precision, device=query.device)
     log_sum_exp = output.new_empty((*query.shape[:2], 1))
     for part in parts(query, key):
@@ -41,7 +42,7 @@ def blocked_block(
             seen = end if is_causal else num_keys
             queries = part.rows(query, start, end)
             scores = scaled_bmm(queries, keys[:, :seen].transpose(1, 2), softmax_scale)
-            _hide(scores, start, end, num_keys=key.shape[0], is_causal=is_causal)
+            _hide(scores, start, end, num_keys=key.shape[0], later=later)
             maximum = scores.amax(dim=-1, keepdim=True)
             weights = scores.sub_(maximum).exp_()
             total = weights.sum(dim=-1, keepdim=True, dtype=precision)
@@ -76,6 +77,7 @@ def blocked_block_backward(
     minus_go = (scaled_grad.to(precision) * output).sum(dim=-1, keepdim=True).neg_().to(dtype)
 
     num_keys = filled_length(key)
+    later = causal_mask(query) if is_causal else None
     grad_query = torch.empty(query.shape, dtype=precision, device=query.device)
     grad_key, grad_value = (torch.empty_like(key, dtype=precision) for _ in range(2))
     for part in parts(query, key):
@@ -91,7 +93,7 @@ def blocked_block_backward(
                 keys[:, :seen].transpose(1, 2),
                 alpha=softmax_scale,
             )
-            _hide(weights, start, end, num_keys=key.shape[0], is_causal=is_causal)
+            _hide(weights, start, end, num_keys=key.shape[0], later=later)
             weights.exp_()
             sum_values[:, :seen] += torch.bmm(weights.transpose(1, 2), grads)
             grad_scores = torch.baddbmm(
@@ -105,12 +107,11 @@ def blocked_block_backward(
     return by_group(grad_query, key.shape[1]), grad_key, grad_value
 
 
-def _hide(scores: Tensor, start: int, end: int, *, num_keys: int, is_causal: bool) -> None:
+def _hide(scores: Tensor, start: int, end: int, *, num_keys: int, later: Tensor | None) -> None:
     """-inf for the keys that queries start..end do not see: later ones, or zeros that fill up."""
-    if not is_causal:
+    if later is None:
         scores[..., num_keys:] = -torch.inf
         return
     block = end - start
-    later = torch.ones(block, block, dtype=torch.bool, device=scores.device).triu_(1)
     diagonal = scores.view(scores.shape[0], -1, block, end)[..., start:]
-    diagonal.masked_fill_(later, -torch.inf)
+    diagonal.add_(later[:block, :block])

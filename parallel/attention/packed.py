@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from parallel.attention.attention import varlen_attention
 from parallel.attention.block import Attended, BlockKernels
 from parallel.attention.block_choice import choose_blocks
+from parallel.attention.heads_pass import SavedHeads
 from parallel.attention.local import Backend
-from parallel.attention.shared_pass import SavedHeads, SharedPass
+from parallel.attention.shared_pass import SharedPass
 from parallel.attention.shared_rows import SharedRows
 from parallel.comm.exchange import Exchange
 

@@ -17,24 +17,18 @@ import torch
 from torch import Tensor
 
 from parallel.attention.block import Attended, BlockKernels, Gradients
+from parallel.attention.heads_pass import (
+    HeadsBackward,
+    HeadsForward,
+    SavedHeads,
+    empty_gradients,
+)
 from parallel.attention.ring import TravellingBlocks, TravellingGradients
-from parallel.attention.shared_rows import SharedRows, UlyssesRows
-from parallel.attention.ulysses import HeadExchange
-from parallel.comm.exchange import Exchange, Round
+from parallel.attention.shared_rows import SharedRows
+from parallel.comm.exchange import Exchange
 
-
-@dataclass(frozen=True, slots=True)
-class SavedHeads:
-    """What backward needs of a ring that exchanged heads: this rank's heads of all its tokens."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    log_sum_exp: Tensor
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.query, self.key, self.value, self.output, self.log_sum_exp
+Portion = tuple[slice, slice]
+"""Some query heads and the groups they read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +57,20 @@ class SharedPass:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         output[rows.num_rows :] = 0
         log_sum_exp = query.new_empty((query.shape[1], rows.num_rows), dtype=precision)
-        # In float32 the parts are merged in the output itself.
-        merged = output[shared]
+        merged, merged_log_sum_exp = output[shared], log_sum_exp[:, shared]
         if merged.dtype != precision:
             merged = torch.empty_like(merged, dtype=precision)
-        merged_log_sum_exp = log_sum_exp[:, shared]
         own = query[shared], key[shared], value[shared]
 
         blocks = TravellingBlocks(own[1], own[2], rows, self.exchange)
-        exchanges = self._head_exchanges("to heads")
-        messages = blocks.messages(1)
-        for ring, heads in zip(rows.ulysses, exchanges, strict=True):
-            messages += heads.to_heads([x[ring.own] for x in own])
-        under_way = self.exchange.post(messages)
+        heads = HeadsForward(rows.ulysses, self.exchange, self.kernels)
+        under_way = self.exchange.post(blocks.messages(1) + heads.outgoing(*own))
         self.kernels.documents_forward(output, log_sum_exp, query, key, value, rows.whole)
         for documents in rows.own:
             self.kernels.documents_forward(merged, merged_log_sum_exp, *own, documents)
         under_way.wait()
         under_way = self.exchange.post(blocks.messages(2))
-        saved = tuple(
-            self._heads_forward(ring, *heads.heads())
-            for ring, heads in zip(rows.ulysses, exchanges, strict=True)
-        )
-        returning, back = self._post_to_rows([[heads.output] for heads in saved])
+        back = self.exchange.post(heads.computed())
         for step, rectangles in enumerate(rows.rectangles, start=1):
             if step > 1:
                 under_way.wait()
@@ -96,11 +81,10 @@ class SharedPass:
             )
         under_way.wait()
         back.wait()
-        for ring, heads in zip(rows.ulysses, returning, strict=True):
-            heads.rows([merged[ring.own]])
+        heads.finish(merged)
         if merged.dtype != output.dtype:
             output[shared] = merged
-        return Answer(output, log_sum_exp, saved)
+        return Answer(output, log_sum_exp, heads.saved)
 
     def backward(
         self, attended: Attended, key: Tensor, value: Tensor, saved: tuple[SavedHeads, ...]
@@ -110,38 +94,26 @@ class SharedPass:
         attended: all rows, output and log-sum-exp as `forward` gave them; saved: likewise.
         """
         rows, shared = self.rows, self.rows.shared
-        gradients = _empty(attended.query, key, value)
-        for gradient in gradients:
-            gradient[rows.num_whole :] = 0
-        sums = _zero_sums(gradients, shared)
-        own = attended.rows(shared)
-        own_key, own_value = key[shared], value[shared]
+        gradients = empty_gradients(attended.query, key, value)
+        sums = _zero_sums(gradients, rows)
+        own, own_key, own_value = attended.rows(shared), key[shared], value[shared]
 
         blocks = TravellingBlocks(own_key, own_value, rows, self.exchange)
         travelling = TravellingGradients((sums[1], sums[2]), rows, self.exchange)
-        exchanges = self._head_exchanges("to heads")
-        messages = blocks.messages(1)
-        for ring, heads in zip(rows.ulysses, exchanges, strict=True):
-            messages += heads.to_heads([own.grad_output[ring.own]])
-        under_way = self.exchange.post(messages)
+        heads = HeadsBackward(rows.ulysses, self.exchange, self.kernels, saved)
+        under_way = self.exchange.post(blocks.messages(1) + heads.outgoing(own.grad_output))
         self.kernels.documents_backward(gradients, attended, key, value, rows.whole)
         first, rest = self._portions(num_heads=own.query.shape[1], num_groups=key.shape[1])
         self._own_backward(sums, own, own_key, own_value, first)
         under_way.wait()
         under_way = self.exchange.post(blocks.messages(2))
-        returning, back = self._post_to_rows(
-            [
-                self._heads_backward(ring, heads.heads()[0], kept)
-                for ring, heads, kept in zip(rows.ulysses, exchanges, saved, strict=True)
-            ]
-        )
+        back = self.exchange.post(heads.computed())
         for step, rectangles in enumerate(rows.rectangles, start=1):
             if step > 1:
                 under_way.wait()
                 travelling.absorb(step - 1)
-                under_way = self.exchange.post(
-                    blocks.messages(step + 1) + travelling.messages(step)
-                )
+                messages = blocks.messages(step + 1) + travelling.messages(step)
+                under_way = self.exchange.post(messages)
             keys, values = blocks.here(step)
             self.kernels.rectangles_backward(
                 (sums[0], *travelling.cleared(step)), own, keys, values, rectangles
@@ -150,32 +122,29 @@ class SharedPass:
         under_way.wait()
         travelling.absorb(len(rows.steps))
         back.wait()
-        for ring, heads in zip(rows.ulysses, returning, strict=True):
-            heads.rows([total[ring.own] for total in sums])
+        heads.finish(sums)
         if sums[0].dtype != gradients[0].dtype:
             for gradient, total in zip(gradients, sums, strict=True):
                 gradient[shared] = total
         return gradients
 
-    def _portions(
-        self, *, num_heads: int, num_groups: int
-    ) -> tuple[list[tuple[slice, slice]], list[tuple[slice, slice]]]:
-        """(query heads, groups) of the own rows' backward before the first hop and after the last.
+    def _portions(self, *, num_heads: int, num_groups: int) -> tuple[list[Portion], list[Portion]]:
+        """What of the own rows' backward comes before the first hop, and what after the last.
 
         Something has to be computed while the first keys come and while the last gradients, twice
         as many bytes or more, go home. Whole documents do for the first; without any, a third of
         the groups (or, if there is one only, of its heads).
         """
-        everything = slice(0, num_heads), slice(0, num_groups)
+        every_group = slice(0, num_groups)
         if self.rows.num_whole or num_heads == 1:
-            return [], [everything]
-        if num_groups > 1:
-            cut = max(1, num_groups // 3)
-            heads = cut * (num_heads // num_groups)
-            first = slice(0, heads), slice(0, cut)
-            return [first], [(slice(heads, num_heads), slice(cut, num_groups))]
-        heads = max(1, num_heads // 3)
-        return [(slice(0, heads), everything[1])], [(slice(heads, num_heads), everything[1])]
+            return [], [(slice(0, num_heads), every_group)]
+        if num_groups == 1:
+            cut = max(1, num_heads // 3)
+            return [(slice(0, cut), every_group)], [(slice(cut, num_heads), every_group)]
+        cut = max(1, num_groups // 3)
+        heads = cut * (num_heads // num_groups)
+        rest = slice(heads, num_heads), slice(cut, num_groups)
+        return [(slice(0, heads), slice(0, cut))], [rest]
 
     def _own_backward(
         self,
@@ -183,7 +152,7 @@ class SharedPass:
         own: Attended,
         key: Tensor,
         value: Tensor,
-        portions: list[tuple[slice, slice]],
+        portions: list[Portion],
     ) -> None:
         for heads, groups in portions:
             part = sums[0][:, heads], sums[1][:, groups], sums[2][:, groups]
@@ -192,50 +161,16 @@ class SharedPass:
                     part, own.heads(heads), key[:, groups], value[:, groups], documents
                 )
 
-    def _heads_forward(
-        self, ring: UlyssesRows, query: Tensor, key: Tensor, value: Tensor
-    ) -> SavedHeads:
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        log_sum_exp = query.new_empty(
-            (query.shape[1], query.shape[0]), dtype=torch.promote_types(query.dtype, torch.float32)
-        )
-        self.kernels.documents_forward(output, log_sum_exp, query, key, value, ring.documents)
-        return SavedHeads(query, key, value, output, log_sum_exp)
 
-    def _heads_backward(self, ring: UlyssesRows, grad: Tensor, saved: SavedHeads) -> list[Tensor]:
-        gradients = _empty(saved.query, saved.key, saved.value)
-        attended = Attended(grad, saved.query, saved.output, saved.log_sum_exp)
-        self.kernels.documents_backward(gradients, attended, saved.key, saved.value, ring.documents)
-        return list(gradients)
+def _zero_sums(gradients: Gradients, rows: SharedRows) -> Gradients:
+    """Zeros for the shared rows, at least float32: where that is the dtype, the rows themselves.
 
-    def _head_exchanges(self, name: str) -> list[HeadExchange]:
-        return [
-            HeadExchange(ring, self.exchange, name=f"{name} {number}")
-            for number, ring in enumerate(self.rows.ulysses)
-        ]
-
-    def _post_to_rows(self, tensors: list[list[Tensor]]) -> tuple[list[HeadExchange], Round]:
-        """Send what was computed of heads back to the rows' ranks; tensors of each ring."""
-        exchanges = self._head_exchanges("to rows")
-        messages = [
-            message
-            for heads, of_ring in zip(exchanges, tensors, strict=True)
-            for message in heads.to_rows(of_ring)
-        ]
-        return exchanges, self.exchange.post(messages)
-
-
-def _empty(query: Tensor, key: Tensor, value: Tensor) -> Gradients:
-    query, key, value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
-    )
-    return query, key, value
-
-
-def _zero_sums(gradients: Gradients, shared: slice) -> Gradients:
-    """Zeros for the shared rows, at least float32: where that is the dtype, the rows themselves."""
+    Clears what lies behind the whole documents, too.
+    """
+    for gradient in gradients:
+        gradient[rows.num_whole :] = 0
     precision = torch.promote_types(gradients[0].dtype, torch.float32)
-    if gradients[0].dtype == precision:
-        return gradients[0][shared], gradients[1][shared], gradients[2][shared]
-    query, key, value = (torch.zeros_like(x[shared], dtype=precision) for x in gradients)
+    query, key, value = (x[rows.shared] for x in gradients)
+    if query.dtype != precision:
+        query, key, value = (torch.zeros_like(x, dtype=precision) for x in (query, key, value))
     return query, key, value

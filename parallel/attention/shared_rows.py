@@ -19,6 +19,9 @@ from parallel.attention.ring_steps import Rectangle, RingStep, own_rows, ring_st
 from parallel.attention.ulysses_rows import sequence_order
 from parallel.plan.rings import Ring, RowLayout
 
+Rows = slice | Tensor
+"""Rows that lie side by side, or an index of any rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Documents:
@@ -56,10 +59,10 @@ class Rectangles:
     """The rectangles of one step, also as arguments of one call of a varlen kernel."""
 
     blocks: tuple[Rectangle, ...]
-    query_rows: Tensor | None
-    """[num_queries] the shared rows that the kernel gets, None where these are all."""
-    key_rows: Tensor | None
-    """[num_keys] the rows of the step's buffer that the kernel gets, None where these are all."""
+    query_rows: Rows
+    """The shared rows that the kernel gets."""
+    key_rows: Rows
+    """The rows of the step's buffer that the kernel gets."""
     query_cu_seqlens: Tensor
     key_cu_seqlens: Tensor
     max_queries: int
@@ -134,8 +137,8 @@ def shared_rows(
     ]
     sizes = [ring.num_tokens(ring.position(layout.rank)) for ring in layout.rings]
     placed = list(zip(layout.rings, accumulate(sizes, initial=0), strict=False))
-    is_ulysses = {ring: ring.ranks in ulysses_rings for ring in layout.rings}
-    travelling = [(ring, first) for ring, first in placed if not is_ulysses[ring]]
+    travelling = [(ring, first) for ring, first in placed if ring.ranks not in ulysses_rings]
+    exchanging = [(ring, first) for ring, first in placed if ring.ranks in ulysses_rings]
     rings, first_rows = [ring for ring, _ in travelling], [first for _, first in travelling]
     steps = ring_steps(rings, rank=layout.rank, first_rows=first_rows)
 
@@ -147,10 +150,8 @@ def shared_rows(
         ),
         own_rows=own_rows(rings, rank=layout.rank, first_rows=first_rows),
         steps=steps,
-        rectangles=tuple(_rectangles(step, sum(sizes)) for step in steps),
-        ulysses=tuple(
-            _ulysses(ring, layout.rank, first) for ring, first in placed if is_ulysses[ring]
-        ),
+        rectangles=tuple(_rectangles(step) for step in steps),
+        ulysses=tuple(_ulysses(ring, layout.rank, first) for ring, first in exchanging),
         num_rows=sum(lengths) + sum(sizes),
     )
     return on_host if device.type == "cpu" else moved(on_host, device)
@@ -171,18 +172,18 @@ def _runs(travelling: Sequence[tuple[Ring, int]], rank: int) -> list[tuple[int, 
 
 
 def _documents(first_row: int, lengths: Sequence[int], *, is_complete: bool) -> Documents:
-    borders = _borders(lengths)
+    borders = _borders([length for length in lengths if length])
     return Documents(first_row, borders, _int32(borders), is_complete)
 
 
-def _rectangles(step: RingStep, num_shared: int) -> Rectangles:
+def _rectangles(step: RingStep) -> Rectangles:
     blocks = step.rectangles
     query_lengths = [block.num_queries for block in blocks]
     key_lengths = [block.num_keys for block in blocks]
     return Rectangles(
         blocks=blocks,
-        query_rows=_rows([block.queries for block in blocks], num_shared),
-        key_rows=_rows([block.keys for block in blocks], step.num_keys),
+        query_rows=_rows([block.queries for block in blocks]),
+        key_rows=_rows([block.keys for block in blocks]),
         query_cu_seqlens=_int32(_borders(query_lengths)),
         key_cu_seqlens=_int32(_borders(key_lengths)),
         max_queries=max(query_lengths, default=0),
@@ -204,14 +205,11 @@ def _ulysses(ring: Ring, rank: int, first_row: int) -> UlyssesRows:
     )
 
 
-def _rows(ranges: Sequence[slice], num_rows: int) -> Tensor | None:
-    """The rows of all ranges, None where these are just all rows in their order."""
-    starts = [rows.start for rows in ranges]
-    ends = [0, *(rows.stop for rows in ranges)]
-    if starts == ends[:-1] and ends[-1] == num_rows:
-        return None
-    parts = [np.arange(rows.start, rows.stop) for rows in ranges]
-    return _int32(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
+def _rows(ranges: Sequence[slice]) -> Rows:
+    """The rows of all ranges, one after the other."""
+    if all(left.stop == right.start for left, right in pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop) if ranges else slice(0, 0)
+    return _int32(np.concatenate([np.arange(rows.start, rows.stop) for rows in ranges]))
 
 
 def _borders(lengths: Sequence[int]) -> tuple[int, ...]:

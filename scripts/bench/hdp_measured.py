@@ -1,22 +1,25 @@
 """Step time of the planners on real text with its real lengths, on two CPU ranks of one thread.
 
-    python scripts/bench/hdp_measured.py [--ranks 2] [--steps 12] [--json FILE]
+    python scripts/bench/hdp_measured.py [--ranks 2] [--steps 6] [--json FILE]
 
-The text is the standard library's source, a file a document. One run of ranks does everything:
-it measures the cost model (`megatron-ext profile`), then takes the same global batches through the
-plans of hdp, static_cp and megatron-core's scheduler in turns, forward, backward and reduction of
-gradients, on the same weights; losses and gradient norms must agree. Printed are medians over
-steps, ratios step by step, and what the cost model predicted of these ratios. After that each
-planner trains on its own from the same start, and the three loss curves are compared.
+The text is the standard library's source, byte by byte, a function or method a document: most are
+short, some are longer than a rank holds. One run of ranks does everything: it measures the cost
+model (`megatron-ext profile`), then takes the same global batches through the plans of hdp,
+static_cp and megatron-core's scheduler in turns, forward, backward and reduction of gradients, on
+the same weights; losses must agree. Printed are medians over steps, ratios step by step, and what
+the cost model predicted of these ratios. After that each planner trains on its own from the same
+start, and the three loss curves are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 PLANNERS = ("static_cp", "megatron", "hdp")
-TOKENS_PER_RANK = 4096
+TOKENS_PER_RANK = 2048
 # float32 sums in another order; over the steps of a curve the differences grow.
 LOSS_TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
@@ -38,9 +41,9 @@ def settings(corpus: Path, run_dir: Path, num_ranks: int) -> dict[str, Any]:
     return {
         "model": {
             "num_layers": 4,
-            "hidden_size": 128,
-            "ffn_hidden_size": 384,
-            "num_attention_heads": 4,
+            "hidden_size": 64,
+            "ffn_hidden_size": 192,
+            "num_attention_heads": 2,
             "untie_embeddings_and_output_weights": False,
         },
         "data": {
@@ -55,6 +58,18 @@ def settings(corpus: Path, run_dir: Path, num_ranks: int) -> dict[str, Any]:
         "log": {"run_dir": str(run_dir)},
         "launch": {"device": "cpu"},
     }
+
+
+def write_definitions(path: Path) -> Path:
+    """The source of each function and method of the standard library, one a line."""
+    with path.open("w", encoding="utf-8") as stream:
+        for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+            text = source.read_text(encoding="utf-8")
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    definition = ast.get_source_segment(text, node)
+                    stream.write(json.dumps({"text": definition}) + "\n")
+    return path
 
 
 def compare_steps(run: Any, num_steps: int, cost_model: Any) -> list[dict[str, Any]]:
@@ -208,8 +223,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--curve-steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--curve-steps", type=int, default=4)
     parser.add_argument("--corpus", type=Path, help="a prepared corpus in place of the library")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
@@ -229,12 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.corpus is None:
             prepare(
                 PrepareSettings(
-                    inputs=("python-stdlib",),
+                    inputs=(str(write_definitions(folder / "definitions.jsonl")),),
                     output=corpus,
-                    tokenizer="train:4096",
+                    tokenizer="bytes",
                     validation_fraction=0.0,
-                    bad_records="skip",
-                )
+                ),
+                show_progress=False,
             )
         tree = settings(corpus, folder / "run", options.ranks)
         (folder / "tree.json").write_text(json.dumps(tree))

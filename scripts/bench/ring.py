@@ -8,13 +8,13 @@ On CPU ranks of one thread each, forward + backward of one layer is timed in tur
     ring            as it is
     compute         the same kernels, merges and copies, with nothing sent
     communication   the same messages and copies, with no kernel
-    whole           every rank alone: as many sequences' worth of whole documents with flash kernels
-                    as makes the same number of pairs of query and key
+    whole           the same sequences as whole documents on each rank alone, by `varlen_attention`;
+                    its time is divided by the number of ranks
 
 and printed are medians over rounds of the slowest rank's time, and of the ratio max(compute,
 communication) / ring: how much of the shorter one is hidden. `whole / ring` also counts what it
-costs to compute attention in pieces. Ranks that share cores with the thread that carries messages
-cannot hide it for nothing: with as many ranks as cores, compute + communication is what is left.
+costs to compute attention in pieces. With as many ranks as cores, the threads that carry messages
+take time from those that compute: then not even a perfect ring is faster than the sum of both.
 
 On one GPU there is nobody to talk to. There the blocks of all ranks are computed one rank after
 the other, with nothing sent, against one flash call over the whole sequences.
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,148 +39,23 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch import Tensor
 
-from parallel.attention.block import Attended, BlockKernels, Gradients
 from parallel.attention.block_choice import choose_blocks
-from parallel.attention.packed import packed_attention
-from parallel.attention.shared_pass import SharedPass
-from parallel.attention.shared_rows import Documents, Rectangles, SharedRows, shared_rows
-from parallel.comm.exchange import Exchange, Message, Round
-from parallel.plan.records import MicroBatch, Piece, StepPlan
-from parallel.plan.rings import RowLayout, row_layouts
-from parallel.plan.split import head_tail_pieces
-
-# Parts of all ranks' tokens that are shared by all of them; whole documents fill up each rank.
-BATCHES = {
-    "one sequence": (1.0,),
-    "three sequences": (0.5, 0.3, 0.2),
-    "one and whole documents": (0.5,),
-}
-DOCUMENT_PART = 0.07
-"""Tokens of a whole document, as a part of a rank's tokens."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    num_heads: int
-    num_query_groups: int
-    head_dim: int
-    dtype: str
-
-    def tensors(self, num_tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """query, key, value and the gradient of the output."""
-        heads = (self.num_heads, self.num_query_groups, self.num_query_groups, self.num_heads)
-        dtype = getattr(torch, self.dtype)
-        query, key, value, grad = (
-            torch.randn(num_tokens, num, self.head_dim).to(device=device, dtype=dtype)
-            for num in heads
-        )
-        return query, key, value, grad
-
-
-def batch_layouts(name: str, *, num_ranks: int, tokens_per_rank: int) -> list[RowLayout]:
-    """One micro-batch a rank: shared sequences cut head to tail, then whole documents."""
-    total = num_ranks * tokens_per_rank
-    lengths = [int(part * total) for part in BATCHES[name]]
-    pieces: list[list[Piece]] = [[] for _ in range(num_ranks)]
-    for sequence, length in enumerate(lengths):
-        for rank, mine in enumerate(head_tail_pieces(sequence, length, num_ranks)):
-            pieces[rank] += mine
-    for mine in pieces:
-        left = tokens_per_rank - sum(piece.num_tokens for piece in mine)
-        while left > 0:
-            length = min(left, max(1, int(DOCUMENT_PART * tokens_per_rank)))
-            mine.append(Piece(len(lengths), 0, length))
-            lengths.append(length)
-            left -= length
-    batches = tuple((MicroBatch(tuple(mine)),) for mine in pieces)
-    plan = StepPlan(tuple(lengths), tokens_per_rank, batches)
-    plan.check()
-    return [row_layouts(plan, rank)[0] for rank in range(num_ranks)]
-
-
-def num_pairs(layouts: Sequence[RowLayout]) -> int:
-    """Pairs of query and key of all ranks."""
-    pieces = {piece for layout in layouts for piece in layout.pieces}
-    return sum((p.start + p.end + 1) * p.num_tokens // 2 for p in pieces)
-
-
-class SilentExchange(Exchange):
-    """Sends nothing. What should have come is what stands in the buffers."""
-
-    def post(self, messages: Sequence[Message]) -> Round:
-        return Round()
-
-
-class NoKernels:
-    """`BlockKernels` that compute nothing."""
-
-    def documents_forward(
-        self,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        documents: Documents,
-    ) -> None: ...
-
-    def documents_backward(
-        self,
-        gradients: Gradients,
-        attended: Attended,
-        key: Tensor,
-        value: Tensor,
-        documents: Documents,
-    ) -> None: ...
-
-    def rectangles_forward(
-        self,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rectangles: Rectangles,
-    ) -> None: ...
-
-    def rectangles_backward(
-        self,
-        gradients: Gradients,
-        attended: Attended,
-        key: Tensor,
-        value: Tensor,
-        rectangles: Rectangles,
-    ) -> None: ...
-
-
-def one_pass(
-    rows: SharedRows, exchange: Exchange, kernels: BlockKernels, tensors: tuple[Tensor, ...]
-) -> None:
-    """Forward + backward of one layer."""
-    query, key, value, grad = tensors
-    shared_pass = SharedPass(rows, exchange, kernels)
-    answer = shared_pass.forward(query, key, value)
-    attended = Attended(grad, query, answer.output, answer.log_sum_exp)
-    shared_pass.backward(attended, key, value, answer.heads)
-
-
-def whole_documents(layouts: Sequence[RowLayout], device: torch.device) -> SharedRows:
-    """All sequences of the batch as whole documents on one rank."""
-    pieces = {piece for layout in layouts for piece in layout.pieces}
-    ends: dict[int, int] = {}
-    for piece in pieces:
-        ends[piece.sequence] = max(piece.end, ends.get(piece.sequence, 0))
-    whole = tuple(Piece(sequence, 0, end) for sequence, end in sorted(ends.items()))
-    return shared_rows(RowLayout(whole, (), rank=0), device=device)
-
-
-def alone(rows: SharedRows, tensors: tuple[Tensor, ...]) -> None:
-    """Forward + backward of whole documents, as a rank without partners computes them."""
-    query, key, value = (x.detach().requires_grad_() for x in tensors[:3])
-    output = packed_attention(query, key, value, rows=rows, exchange=None)
-    torch.autograd.grad(output, (query, key, value), tensors[3])
+from parallel.attention.shared_rows import shared_rows
+from parallel.comm.exchange import Exchange
+from parallel.plan.rings import RowLayout
+from scripts.bench.ring_sides import (
+    BATCHES,
+    NoKernels,
+    Shape,
+    SilentExchange,
+    alone,
+    batch_layouts,
+    fill_buffers,
+    num_pairs,
+    one_pass,
+    whole_documents,
+)
 
 
 def as_rank(options: argparse.Namespace) -> None:
@@ -294,33 +169,20 @@ def measure_on_gpu(name: str, shape: Shape, options: argparse.Namespace) -> dict
         for rows, mine in zip(all_rows, tensors, strict=True):
             one_pass(rows, silent, kernels, mine)
 
-    sides = {"ring": ring, "whole": lambda: alone(whole, whole_tensors)}
+    sides: dict[str, Callable[[], None]] = {
+        "ring": ring,
+        "whole": lambda: alone(whole, whole_tensors),
+    }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(options.rounds + 2):
         for side, run in sides.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
             run()
-            end.record()
             torch.cuda.synchronize()
             if number > 1:
-                seconds[side].append(start.elapsed_time(end) / 1e3 / options.ranks)
+                seconds[side].append((time.perf_counter() - began) / options.ranks)
     return report(name, shape, layouts, seconds)
-
-
-def fill_buffers(
-    exchange: Exchange,
-    dtype: torch.dtype,
-    all_rows: Sequence[SharedRows],
-    shape: Shape,
-    device: torch.device,
-) -> None:
-    """Numbers where messages would have come: fresh memory may hold anything, NaN too."""
-    num_rows = max(step.num_rows for rows in all_rows for step in rows.steps)
-    names = ("odd key and value", "even gradients", "odd gradients", "received gradients")
-    for name in names:
-        size = (num_rows, 2, shape.num_query_groups, shape.head_dim)
-        exchange.buffer(name, size, dtype=dtype, device=device).normal_()
 
 
 def shapes(options: argparse.Namespace) -> list[Shape]:
