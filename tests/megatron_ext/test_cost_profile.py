@@ -49,9 +49,9 @@ def test_a_profile_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_broken_file_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="broken.json: not a cost profile"):
+    with pytest.raises(UserError, match=r"broken\.json: not a cost profile"):
         read_cost_profile(path)
-    with pytest.raises(UserError, match="absent.json: not a cost profile"):
+    with pytest.raises(UserError, match=r"absent\.json: not a cost profile"):
         read_cost_profile(tmp_path / "absent.json")
 
 
