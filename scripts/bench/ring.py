@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -43,6 +42,7 @@ import torch
 from parallel.attention.block_choice import choose_blocks
 from parallel.attention.shared_rows import shared_rows
 from parallel.comm.exchange import Exchange
+from parallel.device import device_info
 from parallel.plan.rings import RowLayout
 from scripts.bench.ring_sides import (
     BATCHES,
@@ -232,14 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         as_rank(options)
         return 0
     if options.device == "cuda":
-        device = torch.cuda.get_device_name()
+        device = device_info("cuda").name
         records = [
             measure_on_gpu(name, shape, options) for shape in shapes(options) for name in BATCHES
         ]
     else:
         from megatron_ext.launch.local import run_local
 
-        device = platform.processor() or platform.machine()
+        device = device_info("cpu").name
         given = list(arguments if arguments is not None else sys.argv[1:])
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, *given, "--as-rank", folder]
