@@ -7,6 +7,7 @@ signal handlers, random state, torch's switches and megatron's globals are as be
 
 import contextlib
 import faulthandler
+import gc
 import importlib.util
 import os
 import pickle
@@ -79,6 +80,9 @@ def _import_once(*, has_megatron: bool) -> None:
 
         cpu.install()
         import megatron.core.models.gpt  # noqa: F401
+    # What was imported stays; looking through it after each call would take longer than most calls.
+    gc.collect()
+    gc.freeze()
 
 
 def _answer(call: Call) -> Answer:
@@ -169,6 +173,8 @@ def _left_as_found(*, has_megatron: bool) -> Iterator[None]:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        # A model and its hooks refer to each other, and to process groups, three threads each.
+        gc.collect()
 
 
 def _forget_megatron() -> None:
