@@ -73,11 +73,7 @@ class HostBatch:
         exchange: needed where the row has pieces of shared sequences.
         """
         layout = self.layout
-        rows = shared_rows(
-            layout,
-            device=device,
-            ulysses_rings=[ring.ranks for ring in layout.rings if ring.is_ulysses],
-        )
+        rows = shared_rows(layout, device=device)
         positions = self.positions.to(device, non_blocking=True)
         documents = PackedDocuments(
             qkv_format="thd",

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Planner = Literal["packing", "hdp", "static_cp", "megatron"]
 RecomputeModule = Literal["core_attn", "mlp"]
 
 
@@ -191,7 +192,7 @@ class ParallelConfig(Section):
     recompute_num_layers: int = Field(1, ge=1)
     """full: layers recomputed together."""
 
-    planner: Literal["packing", "hdp", "static_cp", "megatron"] = "packing"
+    planner: Planner = "packing"
     """Who decides which rank computes what: packing keeps sequences whole; hdp gives each the ranks
     it needs; static_cp spreads all over one number of ranks; megatron is megatron-core's own."""
     offload_activations: bool = False

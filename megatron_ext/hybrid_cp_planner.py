@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.errors import PlanError
+from parallel.plan.cuts import even_cut
 from parallel.plan.records import MicroBatch, Piece, StepPlan
-from parallel.plan.split import head_tail_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,7 @@ def _pieces_of_group(
         for sequence in sequences:
             ranks_of.setdefault(sequence, []).append(rank)
     cuts = {
-        sequence: dict(
-            zip(ranks, head_tail_pieces(sequence, lengths[sequence], len(ranks)), strict=True)
-        )
+        sequence: dict(zip(ranks, even_cut(sequence, lengths[sequence], len(ranks)), strict=True))
         for sequence, ranks in ranks_of.items()
     }
     return [

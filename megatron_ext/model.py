@@ -45,7 +45,6 @@ from megatron_ext.moe_layer import MoEMLP, PackedTransformerLayer, ReorderedNorm
 from megatron_ext.norm import RMSNorm
 from megatron_ext.output_layer import OutputLayer
 from megatron_ext.parameters import init_parameters
-from parallel.plan.flops import ModelShape
 
 
 def padded_vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
@@ -60,26 +59,6 @@ def padded_vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
             f"{tokenizer_vocab_size}; leave it unset, or use at least that"
         )
     return round_up(model.vocab_size or tokenizer_vocab_size, model.make_vocab_size_divisible_by)
-
-
-def model_shape(config: Config, vocab_size: int) -> ModelShape:
-    """The sizes that decide FLOPs and balance; of experts those that one token meets."""
-    model, moe = config.model, config.moe
-    return ModelShape(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.head_dim,
-        vocab_size=vocab_size,
-        num_moe_layers=sum(config.moe_layers),
-        moe_active_ffn_size=(
-            moe.moe_router_topk * config.expert_ffn_size
-            + (moe.moe_shared_expert_intermediate_size or 0)
-        ),
-        num_moe_experts=moe.num_moe_experts or 0,
-    )
 
 
 def transformer_config(config: Config, *, dtype: torch.dtype, is_cuda: bool) -> TransformerConfig:

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from megatron_ext.metrics import Record
 from megatron_ext.run import Run
 from megatron_ext.step_loader import PreparedStep
-from parallel.plan.predict import predict
 
 
 def plan_metrics(run: Run, prepared: PreparedStep, *, sent_before: int) -> Record:
@@ -17,13 +16,6 @@ def plan_metrics(run: Run, prepared: PreparedStep, *, sent_before: int) -> Recor
     Args:
         sent_before: bytes that this rank had sent when the step began.
     """
-    mesh = run.mesh
-    prediction = predict(
-        prepared.plan,
-        run.costs.cost_model,
-        num_pipeline_stages=mesh.pipeline_size,
-        expert_parallel_size=run.config.parallel.num_expert_data_ranks,
-    )
     moved = run.offload.end_step().offloaded_bytes if run.offload is not None else 0
     rows = sum(len(batch.tokens) for batch in prepared.batches)
     used = sum(batch.num_unmasked_tokens for batch in prepared.batches)
@@ -32,7 +24,7 @@ def plan_metrics(run: Run, prepared: PreparedStep, *, sent_before: int) -> Recor
     dist.all_reduce(sums)
     bytes_sent, offloaded_bytes, num_rows, num_used = sums.tolist()
     return {
-        "plan_efficiency": prediction.efficiency,
+        "plan_efficiency": prepared.efficiency,
         "padding_share": 1.0 - num_used / num_rows,
         "bytes_sent": round(bytes_sent),
         "offloaded_bytes": round(offloaded_bytes),

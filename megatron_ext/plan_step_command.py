@@ -7,24 +7,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from megatron_ext.config import Config
+from megatron_ext.config import ParallelConfig, Planner
 from megatron_ext.config_file import load_config
 from megatron_ext.cost_profile import read_cost_profile
 from megatron_ext.errors import UserError
+from megatron_ext.model_shape import model_shape, stage_shape
+from megatron_ext.planners import ask_planner
 from parallel.errors import PlanError
 from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
-from parallel.plan.flops import ModelShape
-from parallel.plan.hdp import plan_hdp
 from parallel.plan.predict import Prediction, micro_batch_seconds, predict
 from parallel.plan.records import StepPlan
 from parallel.plan.simulate import simulate
-from parallel.plan.static_cp import plan_static_cp
 
-Planner = Literal["hdp", "static_cp", "megatron"]
-PLANNERS: tuple[Planner, ...] = ("hdp", "static_cp", "megatron")
 # Where a model leaves it to the tokenizer.
 _VOCAB_SIZE = 128_256
 _LATENCY_SECONDS = 20e-6
@@ -109,28 +106,14 @@ def make_plan(request: StepRequest, lengths: Sequence[int], cost_model: CostMode
         UserError: it cannot plan this.
     """
     try:
-        match request.planner:
-            case "hdp":
-                return plan_hdp(
-                    lengths,
-                    num_ranks=request.num_ranks,
-                    tokens_per_rank=request.tokens_per_rank,
-                    cost_model=cost_model,
-                    num_pipeline_stages=request.num_pipeline_stages,
-                )
-            case "static_cp":
-                return plan_static_cp(
-                    lengths,
-                    num_ranks=request.num_ranks,
-                    tokens_per_rank=request.tokens_per_rank,
-                    cost_model=cost_model,
-                )
-            case "megatron":
-                from megatron_ext.hybrid_cp_planner import plan_hybrid_cp
-
-                return plan_hybrid_cp(
-                    lengths, num_ranks=request.num_ranks, tokens_per_rank=request.tokens_per_rank
-                )
+        return ask_planner(
+            request.planner,
+            lengths,
+            num_ranks=request.num_ranks,
+            tokens_per_rank=request.tokens_per_rank,
+            cost_model=cost_model,
+            num_pipeline_stages=request.num_pipeline_stages,
+        )
     except PlanError as error:
         raise UserError(str(error)) from None
 
@@ -138,7 +121,12 @@ def make_plan(request: StepRequest, lengths: Sequence[int], cost_model: CostMode
 def _cost_model(request: StepRequest) -> CostModel:
     if request.cost_profile is not None:
         return read_cost_profile(request.cost_profile).cost_model
-    shape = _stage_shape(load_config(request.model, ()), request.num_pipeline_stages)
+    config = load_config(request.model, ())
+    stages = ParallelConfig(pipeline_model_parallel_size=request.num_pipeline_stages)
+    shape = stage_shape(
+        config.model_copy(update={"parallel": stages}),
+        model_shape(config, config.model.vocab_size or _VOCAB_SIZE),
+    )
     return CostModel.from_model(
         shape,
         flops_per_second=request.teraflops * 1e12,
@@ -147,19 +135,6 @@ def _cost_model(request: StepRequest) -> CostModel:
             bytes_per_second=request.link_gigabytes * 1e9,
             latency_seconds=_LATENCY_SECONDS,
         ),
-    )
-
-
-def _stage_shape(config: Config, num_stages: int) -> ModelShape:
-    model = config.model
-    return ModelShape(
-        num_layers=max(1, model.num_layers // num_stages),
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.head_dim,
-        vocab_size=(model.vocab_size or _VOCAB_SIZE) // num_stages,
     )
 
 

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from megatron_ext import exit_codes
 from megatron_ext.batch import HostBatch, pack
 from megatron_ext.cost_profile import CostProfile, subject_of
+from megatron_ext.model_shape import stage_shape
 from megatron_ext.run import Run
-from megatron_ext.run_costs import stage_shape
 from megatron_ext.step import run_micro_batches
 from parallel.comm.exchange import Message
 from parallel.plan.communication import RingCost

@@ -20,10 +20,10 @@ from megatron_ext.devices import RunDevice
 from megatron_ext.mesh import Mesh, start_mesh, stop_mesh
 from megatron_ext.model import (
     build_model,
-    model_shape,
     padded_vocab_size,
     wrap_data_parallel,
 )
+from megatron_ext.model_shape import model_shape
 from megatron_ext.optimizer import build_optimizer
 from megatron_ext.run_costs import RunCosts, run_costs
 from megatron_ext.step import connect_gradients

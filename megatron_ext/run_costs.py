@@ -7,12 +7,13 @@ constants. For balance only their ratios matter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.config import Config
 from megatron_ext.cost_profile import load_cost_model, subject_of
 from megatron_ext.devices import RunDevice
+from megatron_ext.model_shape import stage_shape
 from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
 from parallel.plan.flops import ModelShape
@@ -71,24 +72,6 @@ def _cost_model(config: Config, shape: ModelShape, device: RunDevice) -> CostMod
             latency_seconds=_LATENCY_SECONDS[kind],
             bytes_per_element=device.dtype.itemsize,
         ),
-    )
-
-
-def stage_shape(config: Config, shape: ModelShape) -> ModelShape:
-    """What one rank of one pipeline stage holds, the output layer spread evenly over stages."""
-    parallel = config.parallel
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    return replace(
-        shape,
-        num_layers=max(1, shape.num_layers // stages),
-        ffn_hidden_size=shape.ffn_hidden_size // tensor,
-        # With experts tensor-parallel ranks share the tokens instead; the work is the same.
-        num_moe_layers=shape.num_moe_layers // stages,
-        moe_active_ffn_size=shape.moe_active_ffn_size // tensor,
-        num_moe_experts=shape.num_moe_experts // tensor,
-        num_attention_heads=shape.num_attention_heads // tensor,
-        num_query_groups=shape.num_query_groups // tensor,
-        vocab_size=shape.vocab_size // (tensor * stages),
     )
 
 

@@ -17,6 +17,7 @@ from megatron_ext.data.order import Cursor
 from megatron_ext.planners import plan_step
 from megatron_ext.run_costs import RunCosts
 from megatron_ext.training_data import BatchReader, TrainingData
+from parallel.plan.predict import predict
 from parallel.plan.records import StepPlan
 
 
@@ -26,6 +27,8 @@ class PreparedStep:
 
     plan: StepPlan
     digest: str
+    efficiency: float
+    """How close the plan is to the best that any could do, by the cost model."""
     batches: list[HostBatch]
     cursor: Cursor
     """The place in the data behind this step."""
@@ -88,6 +91,12 @@ class StepLoader:
         return PreparedStep(
             plan=plan,
             digest=plan.digest(),
+            efficiency=predict(
+                plan,
+                self._costs.cost_model,
+                num_pipeline_stages=mesh.pipeline_size,
+                expert_parallel_size=config.parallel.num_expert_data_ranks,
+            ).efficiency,
             batches=self._reader.read(plan, refs, self._data.train),
             cursor=cursor,
         )

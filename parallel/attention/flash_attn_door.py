@@ -9,7 +9,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from parallel.attention.torch_flash import pad_head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def flash_attn_block(
 
     head_dim = query.shape[-1]
     output, log_sum_exp, *_ = _flash_attn_varlen_forward(
-        *(_fitting(x) for x in (query, key, value)),
+        *(pad_head_dim(x) for x in (query, key, value)),
         *cu_seqlens,
         *max_seqlens,
         dropout_p=0.0,
@@ -136,7 +137,7 @@ def flash_attn_block_backward(
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
     head_dim = query.shape[-1]
-    inputs = [_fitting(x) for x in (grad_output, query, key, value, output)]
+    inputs = [pad_head_dim(x) for x in (grad_output, query, key, value, output)]
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[1:4]]
     _flash_attn_varlen_backward(
         *inputs,
@@ -155,8 +156,3 @@ def flash_attn_block_backward(
     )
     grad_query, grad_key, grad_value = (grad[..., :head_dim] for grad in grads)
     return grad_query, grad_key, grad_value
-
-
-def _fitting(x: Tensor) -> Tensor:
-    padding = -x.shape[-1] % 8
-    return functional.pad(x, (0, padding)) if padding else x

@@ -5,9 +5,9 @@ tokens), then padding. All index arithmetic is done here: what is left for a lay
 and to wait.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -119,26 +119,13 @@ class SharedRows:
         return bool(self.own_rows or self.ulysses)
 
 
-def shared_rows(
-    layout: RowLayout,
-    *,
-    device: torch.device,
-    ulysses_rings: Collection[tuple[int, ...]] = (),
-) -> SharedRows:
-    """The record of one micro-batch.
-
-    ulysses_rings: the `ranks` of those rings that exchange heads instead of keys and values. All
-    their members must say so, and their number must divide the number of query groups.
-    """
-    # Two pieces of one sequence that lie side by side are one document.
-    lengths = [
-        sum(piece.num_tokens for piece in pieces)
-        for _, pieces in groupby(layout.whole, key=lambda piece: piece.sequence)
-    ]
+def shared_rows(layout: RowLayout, *, device: torch.device) -> SharedRows:
+    """The record of one micro-batch."""
+    lengths = [piece.num_tokens for piece in layout.whole]
     sizes = [ring.num_tokens(ring.position(layout.rank)) for ring in layout.rings]
     placed = list(zip(layout.rings, accumulate(sizes, initial=0), strict=False))
-    travelling = [(ring, first) for ring, first in placed if ring.ranks not in ulysses_rings]
-    exchanging = [(ring, first) for ring, first in placed if ring.ranks in ulysses_rings]
+    travelling = [(ring, first) for ring, first in placed if not ring.is_ulysses]
+    exchanging = [(ring, first) for ring, first in placed if ring.is_ulysses]
     rings, first_rows = [ring for ring, _ in travelling], [first for _, first in travelling]
     steps = ring_steps(rings, rank=layout.rank, first_rows=first_rows)
 

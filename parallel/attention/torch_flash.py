@@ -33,9 +33,7 @@ def torch_flash_attention(
     rows of the gradients, are arbitrary.
     """
     head_dim = query.shape[-1]
-    padding = -head_dim % _HEAD_DIM_MULTIPLE
-    if padding:
-        query, key, value = (functional.pad(x, (0, padding)) for x in (query, key, value))
+    query, key, value = (pad_head_dim(x) for x in (query, key, value))
     # At max_seqlen 1 with grouped queries the operator takes a decoding path that has no backward.
     output: Tensor = _TorchFlash.apply(
         query, key, value, cu_seqlens, max(max_seqlen, 2), softmax_scale
@@ -116,7 +114,7 @@ def torch_flash_block(
     where both are the same. Returns output as query and log-sum-exp [num_heads, num_queries].
     """
     head_dim = query.shape[-1]
-    query, key, value = (_fitting(x) for x in (query, key, value))
+    query, key, value = (pad_head_dim(x) for x in (query, key, value))
     output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
@@ -148,7 +146,7 @@ def torch_flash_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """These keys' share of the gradients, from output and log-sum-exp over all keys."""
     head_dim = query.shape[-1]
-    padded = [_fitting(x).contiguous() for x in (grad_output, query, key, value, output)]
+    padded = [pad_head_dim(x).contiguous() for x in (grad_output, query, key, value, output)]
     grads = torch.ops.aten._flash_attention_backward(
         *padded,
         log_sum_exp.contiguous(),
@@ -164,7 +162,8 @@ def torch_flash_block_backward(
     return grad_query, grad_key, grad_value
 
 
-def _fitting(x: Tensor) -> Tensor:
+def pad_head_dim(x: Tensor) -> Tensor:
+    """x [..., head_dim] with zeros behind, to the multiple of channels that the kernels ask for."""
     padding = -x.shape[-1] % _HEAD_DIM_MULTIPLE
     return functional.pad(x, (0, padding)) if padding else x
 

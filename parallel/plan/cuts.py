@@ -17,8 +17,13 @@ def even_shares(length: int, num_ranks: int) -> list[int]:
     return [share + 1] * over + [share] * (num_ranks - over)
 
 
+def even_cut(sequence: int, length: int, num_ranks: int) -> list[tuple[Piece, ...]]:
+    """The pieces of each rank in ring order; with fewer tokens than ranks some have none."""
+    return cut(sequence, even_shares(length, num_ranks))
+
+
 def cut(sequence: int, shares: Sequence[int]) -> list[tuple[Piece, ...]]:
-    """The pieces of each rank in ring order, from its tokens (at least 1 each)."""
+    """The pieces of each rank in ring order, from its tokens; no rank behind one without any."""
     length = sum(shares)
     head, tail = 0, length
     pieces = []
@@ -34,5 +39,5 @@ def cut(sequence: int, shares: Sequence[int]) -> list[tuple[Piece, ...]]:
         pieces.append(tuple(part))
         head += in_head
         tail -= in_tail
-    pieces.append((Piece(sequence, head, tail),))
+    pieces.append((Piece(sequence, head, tail),) if head < tail else ())
     return pieces

@@ -24,7 +24,8 @@ class Ring:
     pieces: tuple[tuple[tuple[Piece, ...], ...], ...]
     """[position in ranks][sequence of the ring]: that rank's pieces, ascending."""
     is_ulysses: bool = False
-    """Whether they exchange heads by all-to-all instead of passing keys and values round."""
+    """Whether they exchange heads by all-to-all instead of passing keys and values round; their
+    number must then divide the number of query groups."""
 
     def position(self, rank: int) -> int:
         """Where a data-parallel rank stands in the ring."""

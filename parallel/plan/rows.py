@@ -18,7 +18,7 @@ import numpy.typing as npt
 from parallel.plan.bound import bound_seconds, with_bubble
 from parallel.plan.candidates import Candidate, make_candidates
 from parallel.plan.cost import CostModel
-from parallel.plan.cuts import cut, even_shares
+from parallel.plan.cuts import even_cut
 from parallel.plan.offload_ratio import HostMemory, fewest_ranks
 from parallel.plan.predict import predict
 from parallel.plan.records import MicroBatch, Piece, StepPlan
@@ -224,7 +224,7 @@ class _Rows:
         self.taken[row][ranks] = True
         self.busy[ranks] += candidate.on(count)
         self.longest[ranks] = np.maximum(self.longest[ranks], candidate.on(count))
-        pieces = cut(sequence, even_shares(length, count))
+        pieces = even_cut(sequence, length, count)
         # Beyond what each row costs anyway: g, and in a pipeline the linear time.
         seconds = candidate.on(count) - self.cost_model.fixed_seconds
         if self.is_padded:

@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
+from parallel.plan.cuts import even_cut
 from parallel.plan.flops import ModelShape
 from parallel.plan.hdp import plan_hdp
 from parallel.plan.offload_ratio import HostMemory, fewest_ranks
 from parallel.plan.predict import Prediction, predict
 from parallel.plan.records import MicroBatch, Piece, StepPlan
-from parallel.plan.split import head_tail_pieces
 from parallel.plan.static_cp import plan_static_cp
 from scripts.bench.length_sets import LENGTH_SETS, LengthSet
 
@@ -103,7 +103,7 @@ def plan_in_order(
     for sequence, length in enumerate(lengths):
         if length > tokens_per_rank:
             ranks = fewest_ranks(length, tokens_per_rank, cost_model, host_memory)
-            pieces = head_tail_pieces(sequence, length, ranks)
+            pieces = even_cut(sequence, length, ranks)
             share = max(sum(piece.num_tokens for piece in part) for part in pieces)
             ratio = (
                 host_memory.ratio(share, tokens_per_rank=tokens_per_rank) if host_memory else 0.0

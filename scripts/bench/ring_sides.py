@@ -14,9 +14,9 @@ from parallel.attention.packed import packed_attention
 from parallel.attention.shared_pass import SharedPass
 from parallel.attention.shared_rows import SharedRows, shared_rows
 from parallel.comm.exchange import Exchange, Message, Round
+from parallel.plan.cuts import even_cut
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 from parallel.plan.rings import RowLayout, row_layouts
-from parallel.plan.split import head_tail_pieces
 
 # Parts of all ranks' tokens that are shared by all of them; whole documents fill up each rank.
 BATCHES = {
@@ -54,7 +54,7 @@ def batch_layouts(name: str, *, num_ranks: int, tokens_per_rank: int) -> list[Ro
     lengths = [int(part * total) // num_parts * num_parts for part in BATCHES[name]]
     pieces: list[list[Piece]] = [[] for _ in range(num_ranks)]
     for sequence, length in enumerate(lengths):
-        for rank, parts in enumerate(head_tail_pieces(sequence, length, num_ranks)):
+        for rank, parts in enumerate(even_cut(sequence, length, num_ranks)):
             pieces[rank] += parts
     for mine in pieces:
         left = tokens_per_rank - sum(piece.num_tokens for piece in mine)

@@ -55,7 +55,7 @@ def test_published_models_have_their_published_sizes() -> None:
 
 
 def active_parameters(fields: dict[str, object], vocab_size: int) -> int:
-    from megatron_ext.model import model_shape
+    from megatron_ext.model_shape import model_shape
 
     return model_shape(tree_config(**fields), vocab_size).matmul_parameters
 

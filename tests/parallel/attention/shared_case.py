@@ -1,7 +1,7 @@
 """Attention problems whose sequences several ranks share, and their answers put together again."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,11 +10,17 @@ from parallel.attention.local import Backend
 from parallel.attention.packed import packed_attention
 from parallel.attention.shared_rows import SharedRows, shared_rows
 from parallel.comm.exchange import Exchange
+from parallel.plan.cuts import even_cut
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 from parallel.plan.rings import RowLayout, row_layouts
-from parallel.plan.split import head_tail_pieces
 from tests.parallel.attention.packed_case import PackedCase, assert_as_good_as_plain, yardsticks
 from tests.rank_pool import Ranks
+
+
+def exchanging_heads(layout: RowLayout, ranks: Collection[tuple[int, ...]]) -> RowLayout:
+    """The layout with the rings of these ranks, and no others, exchanging heads."""
+    rings = tuple(replace(ring, is_ulysses=ring.ranks in ranks) for ring in layout.rings)
+    return replace(layout, rings=rings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class SharedCase:
             micro_batches=tuple((MicroBatch(pieces),) for pieces in self.pieces),
         )
         plan.check()
-        return row_layouts(plan, rank)[0]
+        return exchanging_heads(row_layouts(plan, rank)[0], self.ulysses_rings)
 
     def indices(self, rank: int) -> Tensor:
         """For each row of a rank but padding, its place in the row of all sequences."""
@@ -68,7 +74,7 @@ def head_tail_case(
     members = [ranks for ranks, shared in rings.items() for _ in shared]
     pieces: list[list[Piece]] = [[] for _ in range(1 + max(map(max, members)))]
     for sequence, (length, ranks) in enumerate(zip(lengths, members, strict=True)):
-        for rank, mine in zip(ranks, head_tail_pieces(sequence, length, len(ranks)), strict=True):
+        for rank, mine in zip(ranks, even_cut(sequence, length, len(ranks)), strict=True):
             pieces[rank] += mine
     packed = PackedCase(name, lengths, *heads, padding=padding)
     return SharedCase(packed, tuple(tuple(mine) for mine in pieces), ulysses)
@@ -136,9 +142,7 @@ def _results(case: SharedCase, rank: int, dtype: torch.dtype, attention: Attenti
         torch.cat((x.detach()[own], x.new_full((case.packed.padding, *x.shape[1:]), torch.nan)))
         for x in case.packed.tensors(dtype=dtype)
     )
-    rows = shared_rows(
-        case.layout(rank), device=torch.device("cpu"), ulysses_rings=case.ulysses_rings
-    )
+    rows = shared_rows(case.layout(rank), device=torch.device("cpu"))
     return attention(case, rows, (query, key, value), grad)
 
 

@@ -183,7 +183,7 @@ def test_torch_flash_operators_take_rectangles(head_dim: int) -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     case = head_tail_case("three", {(0, 1, 2): (30,)}, heads=(4, 2, 8), ulysses=((0, 1, 2),))
-    rows = shared_rows(case.layout(0), device=torch.device("cpu"), ulysses_rings=case.ulysses_rings)
+    rows = shared_rows(case.layout(0), device=torch.device("cpu"))
     query, key = torch.zeros(10, 4, 8), torch.zeros(10, 2, 8)
     with pytest.raises(ValueError, match=r"the 3 ranks .* cannot exchange 2 query groups"):
         packed_attention(query, key, key, rows=rows, exchange=Exchange(None))

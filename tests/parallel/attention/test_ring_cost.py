@@ -32,7 +32,7 @@ def _bytes_sent(case: SharedCase, dtype: torch.dtype) -> tuple[int, int]:
     """By forward and by backward."""
     query, key, value, grad = _own_tensors(case, dtype)
     layout = case.layout(dist.get_rank())
-    rows = shared_rows(layout, device=CPU, ulysses_rings=case.ulysses_rings)
+    rows = shared_rows(layout, device=CPU)
     exchange = Exchange(None)
     output = packed_attention(query, key, value, rows=rows, exchange=exchange)
     forward = exchange.traffic.num_bytes_sent
@@ -105,7 +105,7 @@ def _two_layers_on_rank(cases: list[SharedCase]) -> list[list[Tensor]]:
     for case in cases:
         query, key, value, grad = _own_tensors(case, torch.float64)
         layout = case.layout(dist.get_rank())
-        rows = shared_rows(layout, device=CPU, ulysses_rings=case.ulysses_rings)
+        rows = shared_rows(layout, device=CPU)
         attention = partial(
             packed_attention, rows=rows, exchange=exchange, softmax_scale=case.packed.softmax_scale
         )

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from parallel.attention.record_tensors import moved
 from parallel.attention.ring_steps import RingStep, own_rows, ring_steps
 from parallel.attention.shared_rows import SharedRows, shared_rows
+from parallel.plan.cuts import even_cut
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 from parallel.plan.rings import RowLayout, row_layouts
-from parallel.plan.split import head_tail_pieces
+from tests.parallel.attention.shared_case import exchanging_heads
 
 Token = tuple[int, int]
 """(sequence, position)"""
@@ -116,7 +117,7 @@ def test_each_token_sees_itself_and_those_before_it_once(pieces: list[list[Piece
 
 def test_head_to_tail_gives_one_rectangle_a_step_and_all_the_same_work() -> None:
     num_ranks, length = 4, 64
-    pieces = [list(mine) for mine in head_tail_pieces(0, length, num_ranks)]
+    pieces = [list(mine) for mine in even_cut(0, length, num_ranks)]
     for rank in _run(_layouts(pieces)):
         assert [len(step.rectangles) for step in rank.steps] == [1, 1, 1, 0]
         assert {
@@ -151,14 +152,15 @@ def test_gathered_rows_are_those_of_the_rectangles(pieces: list[list[Piece]]) ->
 def test_whole_sequences_in_order_and_back(pieces: list[list[Piece]]) -> None:
     layouts = _layouts(pieces)
     every_ring = {ring.ranks for layout in layouts for ring in layout.rings}
+    layouts = [exchanging_heads(layout, every_ring) for layout in layouts]
     for layout in layouts:
-        rows = shared_rows(layout, device=CPU, ulysses_rings=every_ring)
+        rows = shared_rows(layout, device=CPU)
         assert not rows.own_rows
         assert not rows.steps
         for ring, exchanged in zip(layout.rings, rows.ulysses, strict=True):
             arrived: list[Token] = []
             for rank, place in zip(ring.ranks, exchanged.member_rows, strict=True):
-                theirs = shared_rows(layouts[rank], device=CPU, ulysses_rings=every_ring)
+                theirs = shared_rows(layouts[rank], device=CPU)
                 (same,) = (x for x in theirs.ulysses if x.ranks == ring.ranks)
                 assert place.start == len(arrived)
                 arrived += _tokens(layouts[rank])[same.own]
@@ -173,14 +175,14 @@ def test_whole_sequences_in_order_and_back(pieces: list[list[Piece]]) -> None:
 
 def test_all_tensors_go_to_the_device_together() -> None:
     """The meta device stands for an accelerator; moved back, nothing has changed."""
-    pieces = [list(mine) for mine in head_tail_pieces(0, 20, 3)]
+    pieces = [list(mine) for mine in even_cut(0, 20, 3)]
     pieces[0] += [Piece(1, 0, 7)]
     pieces[1] += [Piece(2, 0, 3)]
     pieces[0] += [Piece(2, 3, 6)]
     for ulysses in ((), ((0, 1, 2),)):
-        layout = _layouts(pieces)[0]
-        rows = shared_rows(layout, device=CPU, ulysses_rings=ulysses)
-        there = shared_rows(layout, device=torch.device("meta"), ulysses_rings=ulysses)
+        layout = exchanging_heads(_layouts(pieces)[0], ulysses)
+        rows = shared_rows(layout, device=CPU)
+        there = shared_rows(layout, device=torch.device("meta"))
         assert there.whole.device_cu_seqlens.device.type == "meta"
         assert there.steps == rows.steps
         assert there.num_rows == rows.num_rows

@@ -1,11 +1,13 @@
 """Cuts: all tokens once, as asked, and work in proportion to tokens."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.plan.cost import CostModel
-from parallel.plan.cuts import cut, even_shares
+from parallel.plan.cuts import cut, even_cut, even_shares
 from parallel.plan.records import Piece
 
 ATTENTION = CostModel(1.0, 0.0, 0.0)
@@ -43,3 +45,30 @@ def test_even_shares_differ_by_one(length: int, num_ranks: int) -> None:
     assert sum(shares) == length
     assert len(shares) == num_ranks
     assert max(shares) - min(shares) <= 1
+
+
+@given(length=st.integers(0, 500), num_ranks=st.integers(1, 24))
+def test_even_cuts_cover_the_sequence_and_are_even(length: int, num_ranks: int) -> None:
+    shares = even_cut(3, length, num_ranks)
+    assert len(shares) == num_ranks
+    tokens = sorted(
+        token for pieces in shares for piece in pieces for token in range(piece.start, piece.end)
+    )
+    assert tokens == list(range(length))
+    sizes = [sum(piece.num_tokens for piece in pieces) for pieces in shares]
+    assert max(sizes) - min(sizes) <= 2
+    assert max(sizes) == max(even_shares(length, num_ranks))
+    for pieces in shares:
+        assert list(pieces) == sorted(pieces, key=lambda piece: piece.start)
+        assert all(left.end < right.start for left, right in pairwise(pieces))
+
+
+@given(num_ranks=st.integers(1, 8), tokens_per_part=st.integers(1, 20))
+def test_even_cuts_have_equal_work(num_ranks: int, tokens_per_part: int) -> None:
+    """Pairs of query and key on each rank are the same where the parts are of equal length."""
+    length = 2 * num_ranks * tokens_per_part
+    pairs = {
+        sum(token + 1 for piece in pieces for token in range(piece.start, piece.end))
+        for pieces in even_cut(0, length, num_ranks)
+    }
+    assert len(pairs) == 1

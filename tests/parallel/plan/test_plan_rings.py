@@ -1,45 +1,12 @@
-"""Cutting sequences head to tail, and who shares what with whom."""
+"""Who shares what with whom, and how a row is laid out."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from parallel.errors import PlanError
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 from parallel.plan.rings import row_layouts
-from parallel.plan.split import head_tail_pieces, largest_share
-
-
-@given(length=st.integers(0, 500), num_ranks=st.integers(1, 24))
-def test_head_tail_pieces_cover_the_sequence_and_are_even(length: int, num_ranks: int) -> None:
-    shares = head_tail_pieces(3, length, num_ranks)
-    assert len(shares) == num_ranks
-    tokens = sorted(
-        token for pieces in shares for piece in pieces for token in range(piece.start, piece.end)
-    )
-    assert tokens == list(range(length))
-    sizes = [sum(piece.num_tokens for piece in pieces) for pieces in shares]
-    # Two parts each, and parts differ by one token at most.
-    assert max(sizes) - min(sizes) <= 2
-    assert max(sizes) == largest_share(length, num_ranks)
-    for pieces in shares:
-        assert list(pieces) == sorted(pieces, key=lambda piece: piece.start)
-        assert all(left.end < right.start for left, right in pairwise(pieces))
-
-
-@given(num_ranks=st.integers(1, 8), tokens_per_part=st.integers(1, 20))
-def test_head_tail_pieces_have_equal_work(num_ranks: int, tokens_per_part: int) -> None:
-    """Pairs of query and key on each rank are the same where the parts are of equal length."""
-    length = 2 * num_ranks * tokens_per_part
-    pairs = {
-        sum(token + 1 for piece in pieces for token in range(piece.start, piece.end))
-        for pieces in head_tail_pieces(0, length, num_ranks)
-    }
-    assert len(pairs) == 1
 
 
 def plan_of(*ranks: list[tuple[Piece, ...]], lengths: tuple[int, ...]) -> StepPlan:
