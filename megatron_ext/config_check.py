@@ -286,6 +286,11 @@ def _batch_rules(config: Config, world_size: int) -> Iterator[str]:
 
 def _planner_rules(config: Config, dp: int) -> Iterator[str]:
     parallel = config.parallel
+    if parallel.offload_activations and parallel.planner != "hdp":
+        yield (
+            f"parallel.offload_activations does nothing with parallel.planner={parallel.planner}; "
+            "use parallel.planner=hdp, or leave it out"
+        )
     if parallel.planner == "megatron":
         if dp & (dp - 1):
             yield (

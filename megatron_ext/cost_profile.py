@@ -12,10 +12,11 @@ from pathlib import Path
 
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.model_shape import model_shape
 from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,20 +70,19 @@ def read_cost_profile(path: Path) -> CostProfile:
 
 def subject_of(config: Config, *, device: str, dtype: str, vocab_size: int) -> dict[str, str | int]:
     """All that the constants depend on."""
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
+    recomputed: str = parallel.recompute_granularity
+    if recomputed == "selective":
+        recomputed += " " + " ".join(parallel.recompute_modules)
     return {
         "device": device,
         "dtype": dtype,
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.query_groups,
-        "kv_channels": model.head_dim,
-        "vocab_size": vocab_size,
+        **asdict(model_shape(config, vocab_size)),
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "recompute_granularity": parallel.recompute_granularity,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "recompute": recomputed,
     }
 
 

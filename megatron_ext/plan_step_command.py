@@ -18,6 +18,7 @@ from megatron_ext.planners import ask_planner
 from parallel.errors import PlanError
 from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
+from parallel.plan.meetings import check_order
 from parallel.plan.predict import Prediction, micro_batch_seconds, predict
 from parallel.plan.records import StepPlan
 from parallel.plan.simulate import simulate
@@ -44,6 +45,7 @@ class StepRequest:
 
 def plan_step(request: StepRequest, *, as_json: bool, plot: Path | None) -> int:
     """Print the plan and what is predicted of it; returns the exit code."""
+    _check_numbers(request)
     lengths = read_lengths(request.lengths)
     cost_model = _cost_model(request)
     began = time.perf_counter()
@@ -76,6 +78,18 @@ def plan_step(request: StepRequest, *, as_json: bool, plot: Path | None) -> int:
     return 0
 
 
+def _check_numbers(request: StepRequest) -> None:
+    for option, number in (
+        ("--ranks", request.num_ranks),
+        ("--tokens-per-rank", request.tokens_per_rank),
+        ("--pipeline", request.num_pipeline_stages),
+        ("--teraflops", request.teraflops),
+        ("--link-gigabytes", request.link_gigabytes),
+    ):
+        if not number > 0:
+            raise UserError(f"{option} {number}: must be above 0")
+
+
 def read_lengths(path: Path) -> list[int]:
     """Sequence lengths in tokens, one a line.
 
@@ -106,7 +120,7 @@ def make_plan(request: StepRequest, lengths: Sequence[int], cost_model: CostMode
         UserError: it cannot plan this.
     """
     try:
-        return ask_planner(
+        plan = ask_planner(
             request.planner,
             lengths,
             num_ranks=request.num_ranks,
@@ -114,6 +128,8 @@ def make_plan(request: StepRequest, lengths: Sequence[int], cost_model: CostMode
             cost_model=cost_model,
             num_pipeline_stages=request.num_pipeline_stages,
         )
+        check_order(plan, num_pipeline_stages=request.num_pipeline_stages)
+        return plan
     except PlanError as error:
         raise UserError(str(error)) from None
 

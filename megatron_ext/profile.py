@@ -14,7 +14,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -68,15 +67,11 @@ def measure(run: Run, *, num_repeats: int = 5) -> CostProfile:
     communication = None
     if run.mesh.data_size > 1:
         latency, bytes_per_second = _link(run, num_repeats)
-        communication = replace(
-            RingCost.from_model(
-                stage_shape(run.config, run.shape),
-                bytes_per_second=bytes_per_second,
-                latency_seconds=latency,
-                bytes_per_element=device.dtype.itemsize,
-            ),
-            # Gradients of keys and values travel in float32 beside the keys and values.
-            backward_factor=1.0 + 4.0 / device.dtype.itemsize,
+        communication = RingCost.from_model(
+            stage_shape(run.config, run.shape),
+            bytes_per_second=bytes_per_second,
+            latency_seconds=latency,
+            bytes_per_element=device.dtype.itemsize,
         )
     return CostProfile(
         subject=subject_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from megatron_ext.batch import HostBatch, PackedBatch
 from megatron_ext.linear_cross_entropy import linear_cross_entropy
-from megatron_ext.mesh import Mesh
 from megatron_ext.model import output_weight, unwrap
 from megatron_ext.training_data import BatchReader
 
@@ -80,7 +80,7 @@ def run_micro_batches(
             packed_seq_params=batch.documents,
         )
         return output, lambda hidden: _micro_batch_loss(
-            hidden, output_weight(chunk), batch, reader.mesh, z_loss_coeff
+            hidden, output_weight(chunk), batch, reader, z_loss_coeff
         )
 
     reports = _run_schedule(chunks, batches, forward_step, reader, forward_only=forward_only)
@@ -133,10 +133,11 @@ def _run_schedule(
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
-    iterators = [map(reader.to_device, batches) for _ in chunks]
+    # The chunks of a rank share each micro-batch's tensors.
+    iterators = tee(map(reader.to_device, batches), len(chunks))
     return get_forward_backward_func()(  # type: ignore[no-any-return]
         forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
         # All rows of a step are of one length where the pipeline has stages to exchange them.
@@ -148,21 +149,24 @@ def _run_schedule(
 
 
 def _micro_batch_loss(
-    hidden: Tensor, weight: Tensor, batch: PackedBatch, mesh: Mesh, z_loss_coeff: float
+    hidden: Tensor, weight: Tensor, batch: PackedBatch, reader: BatchReader, z_loss_coeff: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss to differentiate, tokens, report [loss sum, cross-entropy sum])."""
-    # What follows the unmasked tokens is padding and has no loss.
+    num_unmasked = batch.num_unmasked_tokens
+    # What follows the unmasked tokens is padding and has no loss. Some of it is computed with them,
+    # for few different shapes of products.
+    num_rows = min(reader.row_length(num_unmasked), hidden.shape[1])
+    rows = torch.arange(num_rows, device=hidden.device)
     loss_sum, cross_entropy = linear_cross_entropy(
-        hidden[0, : batch.num_unmasked_tokens],
+        hidden[0, :num_rows],
         weight,
-        batch.labels[0, : batch.num_unmasked_tokens],
-        group=mesh.tensor_group,
+        batch.labels[0, :num_rows],
+        group=reader.mesh.tensor_group,
+        token_weights=(rows < num_unmasked).float(),
         z_loss_coeff=z_loss_coeff,
     )
-    report = torch.stack([loss_sum.detach(), cross_entropy.sum()]).double()
-    num_tokens = torch.tensor(
-        batch.num_unmasked_tokens, dtype=torch.int, device=batch.tokens.device
-    )
+    report = torch.stack([loss_sum.detach(), cross_entropy[:num_unmasked].sum()]).double()
+    num_tokens = torch.tensor(num_unmasked, dtype=torch.int, device=batch.tokens.device)
     return loss_sum, num_tokens, report
 
 

@@ -63,7 +63,9 @@ class TrainState:
         path = checkpoint / "train_state.json"
         try:
             saved = TrainState(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            # Written before there were experts.
+            saved.layout.setdefault("expert_model_parallel_size", 1)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: cannot be read as the state of a run ({error})") from None
         if saved.format_version != FORMAT_VERSION:
             raise UserError(

@@ -35,7 +35,7 @@ def varlen_attention(
     Returns [num_tokens, num_heads, head_dim] in query's dtype. Raises ValueError for shapes that
     do not fit and for a backend that cannot run here.
     """
-    _check_shapes(query, key, value)
+    check_shapes(query, key, value)
     if query.shape[0] == 0:
         return query.clone()
     kernel = choose_kernel(
@@ -53,7 +53,8 @@ def varlen_attention(
     )
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ValueError, naming them, for shapes and dtypes that attention cannot take."""
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape:
         raise ValueError(f"expected [num_tokens, heads, head_dim] three times, found {shapes}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.attention.attention import varlen_attention
+from parallel.attention.attention import check_shapes, varlen_attention
 from parallel.attention.block import Attended, BlockKernels
 from parallel.attention.block_choice import choose_blocks
 from parallel.attention.heads_pass import SavedHeads
@@ -61,6 +61,7 @@ def packed_attention(
             backend=backend,
             num_document_tokens=whole.num_tokens,
         )
+    check_shapes(query, key, value)
     _check(query, key, rows)
     assert exchange is not None, "shared sequences need an exchange"
     kernels = choose_blocks(

@@ -65,6 +65,8 @@ class RingCost:
             key_value_bytes=2 * shape.num_query_groups * head_bytes,
             query_bytes=shape.num_attention_heads * head_bytes,
             latency_seconds=latency_seconds * shape.num_layers,
+            # Gradients of keys and values travel in float32 beside the keys and values.
+            backward_factor=1.0 + 4.0 / bytes_per_element,
             num_query_groups=shape.num_query_groups,
         )
 

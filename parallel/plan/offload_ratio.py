@@ -44,10 +44,16 @@ class HostMemory:
         """From the layers that one rank holds, nothing recomputed, flash attention.
 
         A token saves the inputs of both norms and of both linear maps behind them (4 h), query,
-        keys, values and output of attention (2 (h_q + h_kv)), gate, up and their product (3 f).
+        keys, values and output of attention (2 (h_q + h_kv)), gate, up and their product (3 f, of
+        experts those that one token meets; the mean over layers).
         """
         heads = shape.num_attention_heads + shape.num_query_groups
-        numbers = 4 * shape.hidden_size + 2 * heads * shape.kv_channels + 3 * shape.ffn_hidden_size
+        num_dense = shape.num_layers - shape.num_moe_layers
+        widths = (
+            num_dense * shape.ffn_hidden_size + shape.num_moe_layers * shape.moe_active_ffn_size
+        )
+        ffn_size = widths / shape.num_layers
+        numbers = 4 * shape.hidden_size + 2 * heads * shape.kv_channels + 3 * ffn_size
         return cls(
             num_layers=shape.num_layers,
             activation_bytes=float(bytes_per_element * numbers),

@@ -245,6 +245,12 @@ RULES = [
         world_size=2,
     ),
     Rule(
+        "offload without anyone who plans it",
+        {"parallel__offload_activations": True},
+        ["parallel.offload_activations does nothing with parallel.planner=packing"],
+        {"parallel__planner": "hdp"},
+    ),
+    Rule(
         "megatron's planner wants a power of two",
         {"parallel__planner": "megatron"},
         ["needs a power of two of data-parallel ranks, not 3", "parallel.planner=hdp"],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ext.config_file import check_tree
 from megatron_ext.cost_profile import CostProfile, load_cost_model, read_cost_profile
 from megatron_ext.errors import UserError
 from parallel.plan.communication import RingCost
@@ -53,6 +54,41 @@ def test_a_broken_file_is_refused_with_its_name(tmp_path: Path, text: str) -> No
         read_cost_profile(path)
     with pytest.raises(UserError, match=r"absent\.json: not a cost profile"):
         read_cost_profile(tmp_path / "absent.json")
+
+
+def test_everything_that_costs_is_told_apart() -> None:
+    from megatron_ext.cost_profile import subject_of
+
+    base: dict[str, dict[str, Any]] = {
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 64,
+        },
+        "data": {"corpora": [{"path": "corpus"}]},
+        "moe": {"num_moe_experts": 4, "moe_router_topk": 2},
+    }
+    changes: list[dict[str, dict[str, Any]]] = [
+        {},
+        {"moe": {}},
+        {"moe": {"num_moe_experts": 8, "moe_router_topk": 2}},
+        {"moe": {"num_moe_experts": 4, "moe_router_topk": 1}},
+        {"moe": base["moe"] | {"moe_layer_freq": 2}},
+        {"parallel": {"expert_model_parallel_size": 2}},
+        {"parallel": {"recompute_granularity": "selective"}},
+        {
+            "parallel": {
+                "recompute_granularity": "selective",
+                "recompute_modules": ["core_attn", "mlp"],
+            }
+        },
+    ]
+    subjects = [
+        subject_of(check_tree(base | change, where="test"), device="", dtype="", vocab_size=256)
+        for change in changes
+    ]
+    assert all(subjects.count(subject) == 1 for subject in subjects)
 
 
 def test_constants_are_recovered_from_exact_times() -> None:

@@ -75,3 +75,23 @@ def test_what_cannot_be_planned_is_told(
 def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path / "absent.txt")) == 2
     assert "absent.txt: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--ranks", "--tokens-per-rank", "--pipeline", "--teraflops"])
+def test_numbers_must_be_above_0(
+    lengths: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert main(command(lengths, option, "0")) == 2
+    assert f"{option} 0" in capsys.readouterr().err
+
+
+def test_a_plan_that_cannot_run_is_no_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_text("500\n30000\n9000\n9000\n9000\n12000\n3000\n3000\n")
+    assert main(command(path, "--planner", "megatron")) == 0
+    capsys.readouterr()
+    # Its ranks meet at different indices, which a pipeline's schedule does not allow.
+    assert main(command(path, "--planner", "megatron", "--pipeline", "2")) == 2
+    assert "must have the same index" in capsys.readouterr().err
