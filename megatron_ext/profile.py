@@ -118,18 +118,23 @@ def _fit(packs: Sequence[Sequence[int]], seconds: Sequence[float]) -> tuple[floa
 
 
 def _pack_seconds(run: Run, lengths: Sequence[int], num_repeats: int) -> float:
-    """One micro-batch of one pipeline stage, the mean over ranks of their medians."""
-    batch = _random_batch(run, lengths)
-    # As many as stages: then 1F1B is (2 P - 1) micro-batches long on its slowest stage.
-    stages = run.mesh.pipeline_size
-    batches = [batch] * stages
+    """One micro-batch of one pipeline stage, the mean over ranks of their medians.
 
-    def once() -> None:
+    Twice as many micro-batches less as many as there are stages: what a step does once (filling the
+    pipeline, reducing gradients) cancels.
+    """
+    batch = _random_batch(run, lengths)
+    stages = run.mesh.pipeline_size
+
+    def once(num_micro_batches: int) -> None:
         for chunk in run.chunks:
             chunk.zero_grad_buffer()
-        run_micro_batches(run.chunks, batches, reader=run.reader)
+        run_micro_batches(run.chunks, [batch] * num_micro_batches, reader=run.reader)
 
-    return _median_seconds(run, once, num_repeats) / (2 * stages - 1)
+    fewer = _median_seconds(run, lambda: once(stages), num_repeats)
+    more = _median_seconds(run, lambda: once(2 * stages), num_repeats)
+    # Noise cannot make a micro-batch take nothing.
+    return max((more - fewer) / stages, 0.1 * more / (2 * stages))
 
 
 def _random_batch(run: Run, lengths: Sequence[int]) -> HostBatch:

@@ -66,7 +66,9 @@ class Exchange:
     def post(self, messages: Sequence[Message]) -> Round:
         """Start a round. Empty tensors are not sent; both ends know their sizes."""
         operations = []
-        for message in messages:
+        # Receives first: gloo asks for data on the connection that carries its own, and asked for
+        # late, behind it, the two directions take turns (measured: half the speed).
+        for message in sorted(messages, key=lambda message: message.is_sent):
             if message.tensor.numel() == 0:
                 continue
             operations.append(

@@ -1,6 +1,6 @@
 """Step time of the planners on real text with its real lengths, on two CPU ranks of one thread.
 
-    python scripts/bench/hdp_measured.py [--ranks 2] [--steps 6] [--json FILE]
+    python scripts/bench/hdp_measured.py [--ranks 2] [--steps 6] [--link-megabits 100] [--json FILE]
 
 The text is the standard library's source, byte by byte, a function or method a document: most are
 short, some are longer than a rank holds. One run of ranks does everything: it measures the cost
@@ -9,6 +9,11 @@ static_cp and megatron-core's scheduler in turns, forward, backward and reductio
 the same weights; losses must agree. Printed are medians over steps, ratios step by step, and what
 the cost model predicted of these ratios. After that each planner trains on its own from the same
 start, and the three loss curves are compared.
+
+Loopback between two cores is, for its FLOPs, far faster than any network between GPUs. With
+`--link-megabits` each rank is a host of its own behind a link of that speed (`shaped_hosts`; needs
+root). The report says how many FLOPs a rank computes in the time of a byte, to be compared with the
+8,000 of a GPU with 400 TFLOP/s behind 50 GB/s.
 """
 
 from __future__ import annotations
@@ -155,17 +160,25 @@ def as_rank(tree: dict[str, Any], num_steps: int, num_curve_steps: int, output: 
     info = discover()
     device = choose_accelerator(check_tree(tree, where="hdp_measured"))
     with process_group.running(info, device=device, timeout_seconds=600.0):
+        from megatron_ext.model_shape import stage_shape
         from megatron_ext.profile import measure
 
         with opened(tree, info.world_size) as run:
             profile = measure(run)
+            forward_flops = stage_shape(run.config, run.shape).forward_flops_per_token
             records = compare_steps(run, num_steps, profile.cost_model)
         curves = {
             planner: loss_curve(tree, planner, num_curve_steps, info.world_size)
             for planner in PLANNERS
         }
     if info.rank == 0:
+        flops_per_second = 3 * forward_flops / profile.linear_seconds
         report = {
+            "flops_per_link_byte": (
+                flops_per_second / profile.communication.bytes_per_second
+                if profile.communication
+                else None
+            ),
             "profile": {
                 "quadratic_seconds": profile.quadratic_seconds,
                 "linear_seconds": profile.linear_seconds,
@@ -226,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--curve-steps", type=int, default=4)
     parser.add_argument("--corpus", type=Path, help="a prepared corpus in place of the library")
+    parser.add_argument("--link-megabits", type=float, help="a host for each rank; needs root")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -236,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from megatron_ext.data.prepare import prepare
     from megatron_ext.data.settings import PrepareSettings
-    from megatron_ext.launch.local import run_local
+    from scripts.bench.shaped_hosts import run_linked
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -257,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.executable, __file__, "--as-rank", name,
             "--steps", str(options.steps), "--curve-steps", str(options.curve_steps),
         ]  # fmt: skip
-        if (code := run_local(command, options.ranks)) != 0:
+        if (code := run_linked(command, options.ranks, link_megabits=options.link_megabits)) != 0:
             return code
         report = json.loads((folder / "report.json").read_text())
     found = summary(report)
@@ -272,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row['megabytes_sent']:8.1f} {row['largest_loss_difference']:10.1e} "
             f"{row['largest_curve_difference']:10.1e}"
         )
+    if flops_per_byte := report["flops_per_link_byte"]:
+        print(f"a rank computes {flops_per_byte:,.0f} FLOPs in the time of one byte on its link")
     if options.json:
         tree = {"date": str(date.today()), "ranks": options.ranks, "summary": found} | report
         options.json.write_text(json.dumps(tree, indent=1) + "\n")

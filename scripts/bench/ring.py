@@ -12,9 +12,16 @@ On CPU ranks of one thread each, forward + backward of one layer is timed in tur
                     its time is divided by the number of ranks
 
 and printed are medians over rounds of the slowest rank's time, and of the ratio max(compute,
-communication) / ring: how much of the shorter one is hidden. `whole / ring` also counts what it
-costs to compute attention in pieces. With as many ranks as cores, the threads that carry messages
-take time from those that compute: then not even a perfect ring is faster than the sum of both.
+communication) / ring: how much of the shorter one is hidden. A block can hide only behind the
+computation of the hop before it, not behind that of the last one; `hops / ring` has in its
+numerator what this leaves,
+
+    compute + sum over forward and backward of max(0, communication - computation of the hops)
+
+`whole / ring` also counts what it costs to compute attention in pieces. With as many ranks as
+cores, the threads that carry messages take time from those that compute: then not even a perfect
+ring is faster than the sum of both. With `--link-megabits` each rank is a host behind a link of
+that speed (`shaped_hosts`), slow enough that there is something to hide.
 
 On one GPU there is nobody to talk to. There the blocks of all ranks are computed one rank after
 the other, with nothing sent, against one flash call over the whole sequences.
@@ -52,6 +59,7 @@ from scripts.bench.ring_sides import (
     alone,
     batch_layouts,
     fill_buffers,
+    hop_share,
     num_pairs,
     one_pass,
     whole_documents,
@@ -142,8 +150,22 @@ def report(
             max(pair) for pair in zip(seconds["compute"], seconds["communication"], strict=True)
         ]
         found["limit_over_ring"] = ratio(lambda i: limit[i])
+        hops = [
+            hops_seconds(*pair, share=hop_share(layouts), dtype=shape.dtype)
+            for pair in zip(seconds["compute"], seconds["communication"], strict=True)
+        ]
+        found["hops_over_ring"] = ratio(lambda i: hops[i])
     found["whole_over_ring"] = ratio(lambda i: seconds["whole"][i])
     return found
+
+
+def hops_seconds(compute: float, communication: float, *, share: float, dtype: str) -> float:
+    """The least that a ring can take; share: of the computation, during which blocks travel."""
+    # Backward: 2.5 times the computation; keys and values again, and their float32 gradients.
+    backward_bytes = 1 + 4 / getattr(torch, dtype).itemsize
+    forward = max(0.0, communication / (1 + backward_bytes) - share * compute / 3.5)
+    backward_sent = communication * backward_bytes / (1 + backward_bytes)
+    return compute + forward + max(0.0, backward_sent - share * compute * 2.5 / 3.5)
 
 
 def measure_on_gpu(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
@@ -202,7 +224,7 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
         )
         ratios = ", ".join(
             f"{key.replace('_', ' ')} {record[key]:.3f}"
-            for key in ("limit_over_ring", "whole_over_ring")
+            for key in ("limit_over_ring", "hops_over_ring", "whole_over_ring")
             if key in record
         )
         print(
@@ -219,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens-per-rank", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--link-megabits", type=float, help="a host for each rank; needs root")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--head-dim", type=int, default=64)
@@ -237,13 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure_on_gpu(name, shape, options) for shape in shapes(options) for name in BATCHES
         ]
     else:
-        from megatron_ext.launch.local import run_local
+        from scripts.bench.shaped_hosts import run_linked
 
         device = device_info("cpu").name
         given = list(arguments if arguments is not None else sys.argv[1:])
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, *given, "--as-rank", folder]
-            if (code := run_local(command, options.ranks)) != 0:
+            link = options.link_megabits
+            if (code := run_linked(command, options.ranks, link_megabits=link)) != 0:
                 return code
             records = json.loads((Path(folder) / "report.json").read_text())
     print_table(records)
@@ -253,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "device": device,
             "torch": torch.__version__,
             "rounds": options.rounds,
+            "link_megabits": options.link_megabits,
             "results": records,
         }
         options.json.write_text(json.dumps(tree, indent=1) + "\n")

@@ -75,6 +75,13 @@ def num_pairs(layouts: Sequence[RowLayout]) -> int:
     return sum((p.start + p.end + 1) * p.num_tokens // 2 for p in pieces)
 
 
+def hop_share(layouts: Sequence[RowLayout]) -> float:
+    """Part of the computation during which a block is under way: all hops, of shared sequences."""
+    whole = {piece for layout in layouts for piece in layout.whole}
+    alone = sum((piece.num_tokens + 1) * piece.num_tokens // 2 for piece in whole)
+    return (1 - 1 / len(layouts)) * (1 - alone / num_pairs(layouts))
+
+
 class SilentExchange(Exchange):
     """Sends nothing. What should have come is what stands in the buffers."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scripts.bench.ring import main, report
+from scripts.bench.ring import hops_seconds, main, report
 from scripts.bench.ring_sides import BATCHES, Shape, batch_layouts, num_pairs
 
 
@@ -56,3 +56,17 @@ def test_a_short_run_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[s
     # Keys and values of 64 tokens forward, and backward again with their gradients.
     assert tree["results"][0]["bytes_sent_by_rank_0"] == 3 * 64 * 2 * 8 * 4
     assert "limit over ring" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("compute", "communication", "expected"),
+    [
+        # All hidden behind half the computation.
+        (7.0, 0.9, 7.0),
+        # float32: a third forward. 3 - 7 / 3.5 / 2 = 2 forward and 6 - 5 / 2 = 3.5 backward show.
+        (7.0, 9.0, 12.5),
+        (0.0, 9.0, 9.0),
+    ],
+)
+def test_what_a_ring_takes_at_least(compute: float, communication: float, expected: float) -> None:
+    assert hops_seconds(compute, communication, share=0.5, dtype="float32") == expected
