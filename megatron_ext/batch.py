@@ -11,6 +11,7 @@ A row is read on the host, ahead of time, and goes to the device when its turn c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from parallel.comm.exchange import Exchange
 from parallel.plan.rings import RowLayout
 
 IntArray = NDArray[np.int64]
+# A token's number in its step: that of its sequence, then its position.
+_POSITION_BITS = 32
 
 
 @dataclass
@@ -35,12 +38,29 @@ class PackedDocuments(PackedSeqParams):
         exchange: the way to the data-parallel ranks, over which shared sequences travel.
         rotary: cosines and sines of every token's angles, shared by all layers.
         offload_ratio: part of the saved activations' tokens that go to host memory.
+        sequence_lengths: tokens of each sequence that are here, in the order of the row.
+        row_length: of the whole row, padding included.
+        token_ids: int64 [row_length], tells the tokens of a step apart, whoever computes them.
     """
 
     rows: SharedRows | None = None
     exchange: Exchange | None = None
     rotary: RotaryTable | None = None
     offload_ratio: float = 0.0
+    sequence_lengths: tuple[int, ...] = ()
+    row_length: int = 0
+    token_ids: Tensor | None = None
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """int64 [row_length] on the device: for each row the number of its sequence, from 0.
+
+        Padding has the number behind the last one.
+        """
+        assert self.rows is not None
+        lengths = (*self.sequence_lengths, self.row_length - sum(self.sequence_lengths))
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return numbers.to(self.rows.whole.device_cu_seqlens.device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +81,7 @@ class HostBatch:
     tokens: Tensor
     labels: Tensor
     positions: Tensor
+    token_ids: Tensor
     layout: RowLayout
     num_unmasked_tokens: int
     """The first rows; what follows is padding."""
@@ -85,6 +106,9 @@ class HostBatch:
             exchange=exchange,
             rotary=rotary_table(positions, head_dim=self.head_dim, rotary_base=self.rotary_base),
             offload_ratio=layout.offload_ratio,
+            sequence_lengths=sequence_lengths(layout),
+            row_length=len(self.tokens),
+            token_ids=self.token_ids.to(device, non_blocking=True),
         )
         return PackedBatch(
             tokens=self.tokens.to(device, non_blocking=True)[None],
@@ -93,6 +117,14 @@ class HostBatch:
             documents=documents,
             num_unmasked_tokens=self.num_unmasked_tokens,
         )
+
+
+def sequence_lengths(layout: RowLayout) -> tuple[int, ...]:
+    """How many tokens of each sequence a row holds; its pieces stand one behind the other."""
+    lengths: dict[int, int] = {}
+    for piece in layout.pieces:
+        lengths[piece.sequence] = lengths.get(piece.sequence, 0) + piece.num_tokens
+    return tuple(lengths.values())
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -115,7 +147,7 @@ def pack(
         num_tokens: length of the row; at least the tokens of all pieces.
         head_dim, rotary_base: of the rotary positions.
     """
-    rows = np.zeros((3, num_tokens), dtype=np.int64)
+    rows = np.zeros((4, num_tokens), dtype=np.int64)
     end = 0
     for piece, (tokens, labels) in zip(layout.pieces, pieces, strict=True):
         start, end = end, end + len(tokens)
@@ -123,6 +155,7 @@ def pack(
         rows[0, start:end] = tokens
         rows[1, start:end] = labels
         rows[2, start:end] = np.arange(piece.start, piece.end)
+        rows[3, start:end] = rows[2, start:end] + (piece.sequence << _POSITION_BITS)
     host = torch.from_numpy(rows)
     if pin_memory:
         host = host.pin_memory()
@@ -130,6 +163,7 @@ def pack(
         tokens=host[0],
         labels=host[1],
         positions=host[2],
+        token_ids=host[3],
         layout=layout,
         num_unmasked_tokens=end,
         head_dim=head_dim,

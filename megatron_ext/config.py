@@ -1,26 +1,23 @@
 """Everything a run may set: one typed tree, one YAML section per class.
 
-Field names are megatron's where megatron has the idea. Types are checked here, field by field;
-what must hold between fields stands in `config_check.py`; reading files and overrides in
-`config_file.py`. Lengths and batch sizes are in tokens, because tokens are the unit.
+The section `moe` stands in `moe_config.py`. Field names are megatron's where megatron has the
+idea. Types are checked here, field by field; what must hold between fields stands in
+`config_check.py`; reading files and overrides in `config_file.py`. Lengths and batch sizes are in
+tokens, because tokens are the unit.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from megatron_ext.config_section import Section
+from megatron_ext.moe_config import MoEConfig
 
 Planner = Literal["packing", "hdp", "static_cp", "megatron"]
 RecomputeModule = Literal["core_attn", "mlp"]
-
-
-class Section(BaseModel):
-    """A section: unknown keys are errors, values keep their type, nothing changes later."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
-    )
 
 
 class ModelConfig(Section):
@@ -80,7 +77,13 @@ class CorpusConfig(Section):
 
     path: str
     weight: float = Field(1.0, gt=0)
+    label: str | None = Field(None, min_length=1)
+    """Domain of its text, for figures that tell domains apart; by default the folder's name."""
     prepare: PrepareConfig | None = None
+
+    @property
+    def domain(self) -> str:
+        return self.label or os.path.basename(os.path.normpath(self.path))
 
 
 class DataConfig(Section):
@@ -93,6 +96,11 @@ class DataConfig(Section):
     """Capacity of one micro-batch on one rank; by default max_sequence_length."""
     prefetch: bool = True
     """Plan and read the next step in the background."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The labels of the corpora, each once, in the order of the corpora."""
+        return tuple(dict.fromkeys(corpus.domain for corpus in self.corpora))
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -180,6 +188,9 @@ class ParallelConfig(Section):
     """Model chunks per pipeline stage; more than one interleaves (1F1B otherwise)."""
     expert_model_parallel_size: int = Field(1, ge=1)
     """Ranks that share the experts of each layer, consecutive among tensor x data parallel ones."""
+    ranks_per_node: int | None = Field(None, ge=1)
+    """Consecutive ranks with fast links among them, for moe_token_dispatcher_type; by default those
+    that the launcher started on one machine."""
     use_distributed_optimizer: bool = True
     """ZeRO-1: optimizer state spread over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -208,28 +219,6 @@ class ParallelConfig(Section):
     def num_expert_data_ranks(self) -> int:
         """Consecutive data-parallel ranks that exchange tokens in each layer with experts."""
         return max(1, self.expert_model_parallel_size // self.tensor_model_parallel_size)
-
-
-class MoEConfig(Section):
-    """Feed-forward layers of many experts, of which each token sees a few; none by default."""
-
-    num_moe_experts: int | None = Field(None, ge=1)
-    """Experts of each such layer; unset, the model is dense."""
-    moe_layer_freq: int | list[Literal[0, 1]] = 1
-    """N: layers 0, N, 2N, ... have experts; or a list with a 1 or 0 for each layer."""
-    moe_ffn_hidden_size: int | None = Field(None, ge=1)
-    """Width of one expert's inner layer; by default that of a dense layer."""
-    moe_shared_expert_intermediate_size: int | None = Field(None, ge=1)
-    """Inner width of the experts that every token sees, all together; by default there are none."""
-    moe_router_topk: int = Field(2, ge=1)
-    """Experts that each token sees."""
-    moe_router_pre_softmax: bool = False
-    """true: weights are the softmax over all experts; false: over the chosen ones, so that they sum
-    to 1."""
-    moe_router_topk_scaling_factor: float | None = Field(None, gt=0)
-    """Factor on the weights of the chosen experts; by default 1."""
-    moe_z_loss_coeff: float = Field(0.0, ge=0)
-    """Weight of the mean squared log-sum-exp of each router's logits."""
 
 
 class PrecisionConfig(Section):
@@ -299,6 +288,38 @@ class Config(Section):
         if isinstance(freq, int):
             return [layer % freq == 0 for layer in range(num_layers)]
         return [bool(entry) for entry in freq]
+
+    @property
+    def balance_coefficients(self) -> dict[str, float]:
+        """The losses that keep the load of the experts even, those of weight 0 left out."""
+        types, weights = self.moe.moe_router_load_balancing_type, self.moe.moe_aux_loss_coeff
+        found: dict[str, float] = dict(
+            zip(
+                types if isinstance(types, list) else [types],
+                weights if isinstance(weights, list) else [weights],
+                strict=True,
+            )
+        )
+        found["device_aux_loss"] = self.moe.moe_device_aux_loss_coeff
+        return {name: weight for name, weight in found.items() if weight}
+
+    @property
+    def num_balance_groups(self) -> int:
+        """Groups of experts between which `moe_device_aux_loss_coeff` wants an even load."""
+        groups = self.moe.moe_device_aux_loss_num_groups
+        return groups or self.parallel.expert_model_parallel_size
+
+    @property
+    def lsh_layers(self) -> list[int]:
+        """Layers whose tokens travel compressed, ascending."""
+        if self.moe.moe_lsh_num_hashes is None:
+            return []
+        named = self.moe.moe_lsh_layers
+        return [
+            layer
+            for layer, has_experts in enumerate(self.moe_layers)
+            if has_experts and (named is None or layer in named)
+        ]
 
     @property
     def expert_ffn_size(self) -> int:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_ext.config import Config, MoEConfig
+from megatron_ext.compression_rules import compression_rules
+from megatron_ext.config import Config
+from megatron_ext.dispatcher_rules import dispatcher_rules
 from megatron_ext.errors import UserError
+from megatron_ext.moe_config import MoEConfig
+from megatron_ext.router_rules import router_rules
 
 
 def check_config(config: Config, *, world_size: int) -> Config:
@@ -170,7 +174,12 @@ def _moe_rules(config: Config, world_size: int) -> Iterator[str]:
             f"moe.moe_router_topk={moe.moe_router_topk} is more than moe.num_moe_experts="
             f"{moe.num_moe_experts}"
         )
-    if moe.moe_router_topk == 1 and not moe.moe_router_pre_softmax:
+    is_constant = moe.moe_router_topk == 1 and not moe.moe_router_pre_softmax
+    if (
+        is_constant
+        and moe.moe_router_score_function == "softmax"
+        and moe.moe_router_type != "expert_choice"
+    ):
         yield (
             "with moe.moe_router_topk=1 a weight over the chosen experts alone is always 1 and the "
             "router would not learn; set moe.moe_router_pre_softmax=true"
@@ -185,7 +194,39 @@ def _moe_rules(config: Config, world_size: int) -> Iterator[str]:
         )
     elif not any(moe.moe_layer_freq):
         yield "moe.moe_layer_freq gives experts to no layer; set a 1 somewhere"
+    yield from router_rules(moe)
+    yield from _balance_rules(config)
+    yield from dispatcher_rules(config)
+    yield from compression_rules(config)
     yield from _expert_parallel_rules(config, world_size)
+
+
+def _balance_rules(config: Config) -> Iterator[str]:
+    moe = config.moe
+    names = ("moe.moe_router_load_balancing_type", "moe.moe_aux_loss_coeff")
+    types, weights = moe.moe_router_load_balancing_type, moe.moe_aux_loss_coeff
+    if isinstance(types, list) != isinstance(weights, list):
+        yield f"{names[0]}={types} and {names[1]}={weights}: both must be lists, or neither"
+    elif isinstance(types, list) and isinstance(weights, list):
+        if len(types) != len(weights):
+            yield f"{names[0]}={types} needs as many entries in {names[1]}, which is {weights}"
+        if "none" in types or len(set(types)) < len(types) or not types:
+            yield f"{names[0]}={types}: a list names one or more different losses; leave out 'none'"
+    elif types == "none" and weights:
+        yield f"{names[1]}={weights} does nothing without {names[0]}, e.g. global_aux_loss"
+    elif types != "none" and not weights:
+        yield f"{names[0]}={types} does nothing with {names[1]}=0; try 0.01"
+    assert moe.num_moe_experts is not None
+    groups = config.num_balance_groups
+    if moe.moe_device_aux_loss_num_groups is not None and not moe.moe_device_aux_loss_coeff:
+        yield f"moe.moe_device_aux_loss_num_groups={groups} needs moe.moe_device_aux_loss_coeff"
+    elif moe.moe_device_aux_loss_coeff and (groups == 1 or moe.num_moe_experts % groups):
+        fitting = _divisors(moe.num_moe_experts).removeprefix("1, ")
+        yield (
+            f"moe.moe_device_aux_loss_coeff={moe.moe_device_aux_loss_coeff} is between groups of "
+            f"experts, of which there are {groups}; set moe.moe_device_aux_loss_num_groups to one "
+            f"of {fitting}"
+        )
 
 
 def _expert_parallel_rules(config: Config, world_size: int) -> Iterator[str]:
@@ -291,22 +332,8 @@ def _planner_rules(config: Config, dp: int) -> Iterator[str]:
             f"parallel.offload_activations does nothing with parallel.planner={parallel.planner}; "
             "use parallel.planner=hdp, or leave it out"
         )
-    if parallel.planner == "megatron":
-        if dp & (dp - 1):
-            yield (
-                f"parallel.planner=megatron needs a power of two of data-parallel ranks, not {dp}; "
-                "use parallel.planner=hdp"
-            )
-        if parallel.pipeline_model_parallel_size > 1:
-            yield (
-                "parallel.planner=megatron has no pipeline "
-                f"(parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}); "
-                "use parallel.planner=hdp"
-            )
-        if parallel.num_expert_data_ranks > 1:
-            yield (
-                "parallel.planner=megatron gives ranks different numbers of micro-batches, which "
-                "experts spread over data-parallel ranks do not allow "
-                f"(parallel.expert_model_parallel_size={parallel.expert_model_parallel_size}); use "
-                "parallel.planner=hdp"
-            )
+    if parallel.planner == "megatron" and dp & (dp - 1):
+        yield (
+            f"parallel.planner=megatron needs a power of two of data-parallel ranks, not {dp}; "
+            "use parallel.planner=hdp"
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from megatron_ext.metrics import Record
+from megatron_ext.metrics import Record, step_of
 
 _COLUMNS = (
     "    step     loss       lr  grad norm   tokens/s  TFLOP/s    MFU   memory  balance      ETA"
@@ -60,7 +60,7 @@ class TrainConsole:
             self._status.start()
 
     def step(self, record: Record) -> None:
-        step = int(record["step"] or 0)
+        step = step_of(record)
         eta = self._eta_seconds(step)
         if self._console.is_terminal:
             self._status.update(f"step {step}/{self.train_iters}, {duration(eta)} left")
@@ -80,7 +80,7 @@ class TrainConsole:
     def _line(self, record: Record, eta_seconds: float) -> str:
         def number(key: str) -> float:
             value = record.get(key)
-            return math.nan if value is None else float(value)
+            return float(value) if isinstance(value, int | float) else math.nan
 
         return (
             f"{record['step']:>8}  {number('loss'):>7.4f}  {number('learning_rate'):>7.1e}  "

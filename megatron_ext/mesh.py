@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ext.config import Config
+from megatron_ext.token_dispatcher import expert_node_groups
+from moe.dispatch.hierarchical import NodeGroups
 
 Axis: TypeAlias = Literal["tensor", "expert"]
 """Along which a parameter is spread."""
@@ -49,6 +51,8 @@ class Mesh:
     data_group: dist.ProcessGroup
     expert_group: dist.ProcessGroup
     expert_data_group: dist.ProcessGroup
+    expert_node_groups: NodeGroups | None
+    """How the expert group lies on nodes, where tokens travel by it."""
 
     def along(self, axis: Axis) -> Ranks:
         """Over whom a parameter of this axis is spread."""
@@ -107,6 +111,7 @@ def start_mesh(config: Config) -> Mesh:
         data_group=parallel_state.get_data_parallel_group(),
         expert_group=expert_group,
         expert_data_group=expert_data_group,
+        expert_node_groups=expert_node_groups(config, expert_group),
     )
 
 

@@ -6,13 +6,22 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ext.config import LogConfig
 from megatron_ext.errors import UserError
 
-Record = dict[str, float | int | None]
+Record = dict[str, float | int | list[float] | None]
+"""A list has an entry for each layer that has experts."""
+
+
+def step_of(record: Record) -> int:
+    """The step that a record is of."""
+    step = record["step"]
+    assert isinstance(step, int)
+    return step
 
 
 class Sink(Protocol):
@@ -55,10 +64,23 @@ class JsonLines:
 def _line(record: dict[str, Any]) -> str:
     # NaN is not JSON; a reader gets null.
     clean = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        key: [_finite(entry) for entry in value] if isinstance(value, list) else _finite(value)
         for key, value in record.items()
     }
     return json.dumps(clean, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(record: Record) -> Iterator[tuple[str, float | int | None]]:
+    """The figures of a record one by one: entry i of a list is named KEY/i."""
+    for key, value in record.items():
+        if isinstance(value, list):
+            yield from ((f"{key}/{index}", entry) for index, entry in enumerate(value))
+        else:
+            yield key, value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -95,7 +117,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(self, record: Record) -> None:
-        for key, value in record.items():
+        for key, value in _scalars(record):
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, record["step"])
 
@@ -120,7 +142,7 @@ class WandB:
         )
 
     def write(self, record: Record) -> None:
-        self._run.log(record, step=int(record["step"] or 0))
+        self._run.log(dict(_scalars(record)), step=step_of(record))
 
     def close(self) -> None:
         self._run.finish()

@@ -45,6 +45,7 @@ from megatron_ext.moe_layer import MoEMLP, PackedTransformerLayer, ReorderedNorm
 from megatron_ext.norm import RMSNorm
 from megatron_ext.output_layer import OutputLayer
 from megatron_ext.parameters import init_parameters
+from moe.dispatch.hierarchical import NodeGroups
 
 
 def padded_vocab_size(model: ModelConfig, tokenizer_vocab_size: int) -> int:
@@ -141,8 +142,10 @@ def residual_add(
     return add
 
 
-def layer_spec(config: Config, *, has_experts: bool) -> ModuleSpec:
-    """One transformer layer as megatron builds it."""
+def layer_spec(
+    config: Config, *, has_experts: bool, node_groups: NodeGroups | None = None
+) -> ModuleSpec:
+    """One transformer layer as megatron builds it; node_groups: see `Mesh`."""
     model = config.model
     reordered = model.norm_position == "reordered"
     head_norm = RMSNorm if model.qk_layernorm else None
@@ -163,20 +166,22 @@ def layer_spec(config: Config, *, has_experts: bool) -> ModuleSpec:
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=IdentityOp if reordered else RMSNorm,
-            mlp=_feed_forward_spec(config, has_experts=has_experts),
+            mlp=_feed_forward_spec(config, has_experts=has_experts, node_groups=node_groups),
             mlp_bda=residual_add,
         ),
     )
 
 
-def _feed_forward_spec(config: Config, *, has_experts: bool) -> ModuleSpec:
+def _feed_forward_spec(
+    config: Config, *, has_experts: bool, node_groups: NodeGroups | None
+) -> ModuleSpec:
     reordered = config.model.norm_position == "reordered"
     submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if has_experts:
         return ModuleSpec(
             module=ReorderedNormMoEMLP if reordered else MoEMLP,
             submodules=submodules,
-            params={"moe": config.moe},
+            params={"moe": config.moe, "node_groups": node_groups},
         )
     return ModuleSpec(module=ReorderedNormMLP if reordered else SwiGLUMLP, submodules=submodules)
 
@@ -198,7 +203,11 @@ def build_model(
     num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     chunks = [
         _build_chunk(
-            config, megatron_config, vocab_size, vp_stage=stage if num_chunks > 1 else None
+            config,
+            megatron_config,
+            vocab_size,
+            node_groups=mesh.expert_node_groups,
+            vp_stage=stage if num_chunks > 1 else None,
         )
         for stage in range(num_chunks)
     ]
@@ -213,13 +222,18 @@ def build_model(
 
 
 def _build_chunk(
-    config: Config, megatron_config: TransformerConfig, vocab_size: int, *, vp_stage: int | None
+    config: Config,
+    megatron_config: TransformerConfig,
+    vocab_size: int,
+    *,
+    node_groups: NodeGroups | None,
+    vp_stage: int | None,
 ) -> GPTModel:
     first = get_transformer_layer_offset(megatron_config, vp_stage=vp_stage)
     num_layers = get_num_layers_to_build(megatron_config, vp_stage=vp_stage)
     block = TransformerBlockSubmodules(
         layer_specs=[
-            layer_spec(config, has_experts=has_experts)
+            layer_spec(config, has_experts=has_experts, node_groups=node_groups)
             for has_experts in config.moe_layers[first : first + num_layers]
         ],
         layer_norm=RMSNorm,

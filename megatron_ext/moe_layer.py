@@ -26,16 +26,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_ext.batch import PackedDocuments
-from megatron_ext.config import MoEConfig
 from megatron_ext.mlp import SwiGLUMLP
+from megatron_ext.moe_config import MoEConfig
+from megatron_ext.moe_router import Router
 from megatron_ext.norm import RMSNorm
-from moe.dispatch.exact import ExactDispatcher
-from moe.dispatch.local import LocalDispatcher
+from megatron_ext.token_dispatcher import choose_dispatcher
+from moe.dispatch.hierarchical import NodeGroups
 from moe.dispatch.protocol import Dispatcher
 from moe.experts import run_experts
-from moe.records import Routing
-from moe.router import router_logits, softmax_topk, z_loss
-from moe.side_loss import attach_loss
+from moe.schedule.chunked import ChunkedExperts
 
 
 class PackedTransformerLayer(TransformerLayer):
@@ -45,30 +44,6 @@ class PackedTransformerLayer(TransformerLayer):
         # `padding_mask` is the one argument that megatron hands through to the feed-forward part,
         # also when that is computed again later, with other micro-batches run in between.
         return super().forward(*args, **kwargs | {"padding_mask": kwargs.get("packed_seq_params")})
-
-
-class Router(nn.Module):
-    """The gate of one layer."""
-
-    def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
-        super().__init__()
-        self.moe = moe
-        self.weight = nn.Parameter(_empty(config, moe.num_moe_experts, config.hidden_size))
-        # Ranks see different tokens then, so megatron sums this gradient over the tensor group.
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-
-    def forward(self, tokens: Tensor) -> Routing:
-        """tokens: [num_tokens, hidden_size]."""
-        moe = self.moe
-        logits = router_logits(tokens, self.weight)
-        if moe.moe_z_loss_coeff and torch.is_grad_enabled():
-            logits = attach_loss(logits, moe.moe_z_loss_coeff * z_loss(logits))
-        return softmax_topk(
-            logits,
-            topk=moe.moe_router_topk,
-            is_renormalised=not moe.moe_router_pre_softmax,
-            scaling_factor=moe.moe_router_topk_scaling_factor or 1.0,
-        )
 
 
 class Experts(nn.Module):
@@ -129,8 +104,14 @@ class MoEMLP(MegatronModule):
     """Router, experts and what brings tokens from one to the other."""
 
     def __init__(
-        self, config: TransformerConfig, submodules: MLPSubmodules, *, moe: MoEConfig
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        *,
+        moe: MoEConfig,
+        node_groups: NodeGroups | None = None,
     ) -> None:
+        """node_groups: how the expert-parallel group lies on nodes (see `Mesh`)."""
         super().__init__(config=config)
         self.router = Router(config, moe)
         self.experts = Experts(config, moe)
@@ -142,7 +123,15 @@ class MoEMLP(MegatronModule):
             self.shared_experts = SwiGLUMLP(
                 narrower, submodules, ffn_hidden_size=narrower.ffn_hidden_size
             )
-        self.dispatcher = choose_dispatcher()
+        self.dispatcher = choose_dispatcher(
+            moe,
+            group=parallel_state.get_expert_model_parallel_group(),
+            node_groups=node_groups,
+        )
+        self.compressed_dispatcher: Dispatcher | None = None
+        """The one to use in training, if any; `expert_compression` puts it here."""
+        self.chunked_experts: ChunkedExperts | None = None
+        """Dispatch, experts and combine in overlapping chunks; `expert_schedule` puts it here."""
 
     def forward(
         self, hidden_states: Tensor, padding_mask: PackedDocuments | None = None
@@ -153,9 +142,14 @@ class MoEMLP(MegatronModule):
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         tokens = rows[: self._num_tokens(rows.shape[0], padding_mask)]
-        routing = self.router(tokens)
-        trip = self.dispatcher.dispatch(tokens, routing)
-        routed = trip.combine(self.experts(trip.rows, trip.counts))
+        routing = self.router(tokens, padding_mask)
+        compressed = self.compressed_dispatcher if self.training else None
+        if self.chunked_experts is not None and compressed is None:
+            weights = self.experts.linear_fc1, self.experts.linear_fc2
+            routed = self.chunked_experts(tokens, routing, *weights)
+        else:
+            trip = (compressed or self.dispatcher).dispatch(tokens, routing)
+            routed = trip.combine(self.experts(trip.rows, trip.counts))
         num_padding = rows.shape[0] - tokens.shape[0]
         output = nn.functional.pad(routed, (0, 0, 0, num_padding)).view_as(hidden_states)
         if self.shared_experts is not None:
@@ -180,12 +174,6 @@ class ReorderedNormMoEMLP(MoEMLP):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(*args, **kwargs)
         return self.output_layernorm(output), bias
-
-
-def choose_dispatcher() -> Dispatcher:
-    """How tokens travel between the ranks of megatron's expert-parallel group."""
-    group = parallel_state.get_expert_model_parallel_group()
-    return ExactDispatcher(group=group) if group.size() > 1 else LocalDispatcher()
 
 
 def _empty(config: TransformerConfig, *shape: int | None) -> Tensor:

@@ -45,7 +45,16 @@ def _expert_weights(config: Config) -> int:
     h, num_experts = config.model.hidden_size, config.moe.num_moe_experts or 0
     inner = num_experts * config.expert_ffn_size
     inner += config.moe.moe_shared_expert_intermediate_size or 0
-    return 3 * h * inner + num_experts * h
+    return 3 * h * inner + _router_weights(config)
+
+
+def _router_weights(config: Config) -> int:
+    h, moe = config.model.hidden_size, config.moe
+    num_experts = moe.num_moe_experts or 0
+    if moe.moe_router_type == "x_moe":
+        size = moe.projected_size
+        return size * (num_experts + h) + 1
+    return num_experts * h * (2 if moe.moe_router_type == "noisy_topk" else 1)
 
 
 def _figures(config: Config, world_size: int) -> dict[str, int]:
@@ -109,6 +118,11 @@ def _moe_flags(config: Config) -> list[str]:
     if moe.num_moe_experts is None:
         return []
     pattern = str([int(has_experts) for has_experts in config.moe_layers]).replace(" ", "")
+    balance = {
+        name: weight
+        for name, weight in config.balance_coefficients.items()
+        if name != "device_aux_loss"
+    }
     flags = {
         "num-experts": moe.num_moe_experts,
         "moe-layer-freq": pattern,
@@ -117,11 +131,24 @@ def _moe_flags(config: Config) -> list[str]:
         "moe-router-topk": moe.moe_router_topk,
         "moe-router-topk-scaling-factor": moe.moe_router_topk_scaling_factor,
         "moe-z-loss-coeff": moe.moe_z_loss_coeff or None,
-        "moe-router-load-balancing-type": "none",
+        "moe-router-score-function": moe.moe_router_score_function,
+        "moe-router-num-groups": moe.moe_router_num_groups,
+        "moe-router-group-topk": moe.moe_router_group_topk,
+        "moe-expert-capacity-factor": moe.moe_expert_capacity_factor,
+        "moe-router-load-balancing-type": " ".join(balance) or "none",
+        "moe-aux-loss-coeff": " ".join(map(str, balance.values())) or None,
         "moe-router-dtype": "fp32",
         "moe-token-dispatcher-type": "alltoall",
         "expert-model-parallel-size": config.parallel.expert_model_parallel_size,
         "expert-tensor-parallel-size": 1,
     }
+    if moe.moe_router_enable_expert_bias:
+        flags["moe-router-bias-update-rate"] = moe.moe_router_bias_update_rate
+    if moe.moe_expert_capacity_factor is not None and moe.moe_token_drop_policy != "random":
+        flags["moe-token-drop-policy"] = moe.moe_token_drop_policy
     words = [f"--{name} {value}" for name, value in flags.items() if value is not None]
-    return words + (["--moe-router-pre-softmax"] if moe.moe_router_pre_softmax else [])
+    switches = {
+        "moe-router-pre-softmax": moe.moe_router_pre_softmax,
+        "moe-router-enable-expert-bias": moe.moe_router_enable_expert_bias,
+    }
+    return words + [f"--{name}" for name, is_on in switches.items() if is_on]

@@ -104,4 +104,11 @@ def ask_planner(
                 num_micro_batches_multiple=num_micro_batches_multiple,
             )
         case "megatron":
-            return plan_hybrid_cp(lengths, num_ranks=num_ranks, tokens_per_rank=tokens_per_rank)
+            return plan_hybrid_cp(
+                lengths,
+                num_ranks=num_ranks,
+                tokens_per_rank=tokens_per_rank,
+                num_pipeline_stages=num_pipeline_stages,
+                num_micro_batches_multiple=num_micro_batches_multiple,
+                expert_parallel_size=expert_parallel_size,
+            )

@@ -12,7 +12,28 @@ from megatron_ext.errors import UserError
 from megatron_ext.run import Run
 
 # Fields of `model` and `moe` that change training but not the network that was trained.
-_MAY_CHANGE = ("z_loss_coeff", "init_method_std", "moe_z_loss_coeff")
+_MAY_CHANGE = (
+    "z_loss_coeff",
+    "init_method_std",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+    "moe_expert_capacity_factor",
+    "moe_token_drop_policy",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_device_aux_loss_coeff",
+    "moe_device_aux_loss_num_groups",
+    "moe_lsh_num_hashes",
+    "moe_lsh_hash_dim",
+    "moe_lsh_layers",
+    "moe_lsh_warmup_steps",
+    "moe_lsh_centroid",
+    "moe_lsh_num_refinements",
+    "moe_lsh_residual_scale",
+    "moe_lsh_payload",
+    "moe_lsh_payload_gradients",
+    "moe_lsh_seed",
+)
 
 
 def resume(run: Run) -> None:

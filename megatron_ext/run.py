@@ -17,6 +17,10 @@ from megatron_ext.checkpoint.state import num_updates
 from megatron_ext.config import Config
 from megatron_ext.console import TrainConsole
 from megatron_ext.devices import RunDevice
+from megatron_ext.expert_balance import ExpertBalance
+from megatron_ext.expert_compression import ExpertCompression
+from megatron_ext.expert_schedule import schedule_experts
+from megatron_ext.expert_traffic import ExpertTraffic
 from megatron_ext.mesh import Mesh, start_mesh, stop_mesh
 from megatron_ext.model import (
     build_model,
@@ -48,6 +52,11 @@ class Run:
     shape: ModelShape
     costs: RunCosts
     offload: ActivationOffload | None
+    balance: ExpertBalance | None
+    """Of a model with experts."""
+    traffic: ExpertTraffic | None
+    """Where ranks share the experts."""
+    compression: ExpertCompression | None
     console: TrainConsole
     step: int = 0
     skipped_steps: int = 0
@@ -105,6 +114,8 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
         )
         optimizer = build_optimizer(chunks, config, dtype=device.dtype)
         connect_gradients(chunks)
+        balance = ExpertBalance(chunks, config) if any(config.moe_layers) else None
+        compression = ExpertCompression(chunks, config) if config.lsh_layers else None
         offload = None
         if config.parallel.offload_activations:
             offload = install_offload(chunks, device=device.device)
@@ -112,6 +123,12 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
         costs = run_costs(config, shape, device)
         reader = BatchReader.for_model(config, mesh=mesh, device=device.device)
         loader = StepLoader(data, reader, config, costs=costs, is_ahead=config.data.prefetch)
+        console = TrainConsole(
+            train_iters=config.train.train_iters,
+            log_interval=config.log.log_interval,
+            enabled=mesh.is_first_rank,
+        )
+        schedule_experts(chunks, config, say=console.say)
         yield Run(
             config=config,
             run_dir=run_dir,
@@ -125,11 +142,10 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
             shape=shape,
             costs=costs,
             offload=offload,
-            console=TrainConsole(
-                train_iters=config.train.train_iters,
-                log_interval=config.log.log_interval,
-                enabled=mesh.is_first_rank,
-            ),
+            balance=balance,
+            traffic=ExpertTraffic(chunks, config) if mesh.expert_size > 1 else None,
+            compression=compression,
+            console=console,
         )
     finally:
         if loader is not None:

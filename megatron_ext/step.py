@@ -135,17 +135,19 @@ def _run_schedule(
 ) -> list[Any]:
     # The chunks of a rank share each micro-batch's tensors.
     iterators = tee(map(reader.to_device, batches), len(chunks))
-    return get_forward_backward_func()(  # type: ignore[no-any-return]
-        forward_step_func=forward_step,
-        data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
-        model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        # All rows of a step are of one length where the pipeline has stages to exchange them.
-        seq_length=len(batches[0].tokens),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=collect_non_loss_data,
-    )
+    # Routers count the tokens of passes with a gradient.
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(  # type: ignore[no-any-return]
+            forward_step_func=forward_step,
+            data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            # All rows of a step are of one length where the pipeline has stages to exchange them.
+            seq_length=len(batches[0].tokens),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+        )
 
 
 def _micro_batch_loss(

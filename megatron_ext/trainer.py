@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from megatron_ext.config_file import dump_config
 from megatron_ext.console import TrainConsole
 from megatron_ext.devices import peak_memory_bytes
 from megatron_ext.errors import UserError
+from megatron_ext.expert_domains import EXPERTS_FILE
+from megatron_ext.expert_metrics import expert_metrics
+from megatron_ext.expert_plot import plot_experts
 from megatron_ext.learning_rate import learning_rate
 from megatron_ext.metrics import Record, open_sinks
 from megatron_ext.optimizer import clip_and_step, set_learning_rate
@@ -107,6 +111,12 @@ def train_step(run: Run) -> Record:
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    if run.balance is not None:
+        run.balance.begin_step(run.step)
+    if run.compression is not None:
+        run.compression.begin_step(run.step)
+    if run.traffic is not None:
+        run.traffic.begin_step()
     loss = run_micro_batches(
         run.chunks,
         prepared.batches,
@@ -120,9 +130,16 @@ def train_step(run: Run) -> Record:
     run.tokens += loss.num_tokens
     run.skipped_steps += int(not is_updated)
     run.device.synchronize()
-    return _record(
-        run, loss, plan.lengths, rate, grad_norm, time.perf_counter() - began
-    ) | plan_metrics(run, prepared, sent_before=sent_before)
+    record = _record(run, loss, plan.lengths, rate, grad_norm, time.perf_counter() - began)
+    record |= plan_metrics(run, prepared, sent_before=sent_before)
+    if run.balance is not None:
+        record |= expert_metrics(run.balance.step.counts, run.balance.step.demand)
+        record |= run.balance.losses(loss.num_tokens)
+        if run.traffic is not None:
+            record |= run.traffic.metrics(run.balance.step.rank_counts)
+    if run.compression is not None:
+        record |= run.compression.metrics()
+    return record
 
 
 def _update(run: Run, loss: TokenLoss) -> tuple[float, bool]:
@@ -132,6 +149,8 @@ def _update(run: Run, loss: TokenLoss) -> tuple[float, bool]:
     else:
         grad_norm, is_updated = math.nan, False
     run.skipped_in_a_row = 0 if is_updated else run.skipped_in_a_row + 1
+    if is_updated and run.balance is not None:
+        run.balance.end_step()
     train = run.config.train
     if not is_updated and train.nonfinite == "stop":
         raise NonFiniteError(
@@ -216,7 +235,7 @@ def save(run: Run) -> None:
 def finish(run: Run) -> None:
     """The last words of a run: a sample, where things are."""
     log = run.config.log
-    plot = plot_loss(run.run_dir) if run.mesh.is_first_rank else None
+    plots = _draw(run.run_dir) if run.mesh.is_first_rank else []
     if log.sample_prompt is not None:
         text = sample(
             run.chunks,
@@ -228,6 +247,13 @@ def finish(run: Run) -> None:
         )
         run.console.say(f"\nsample:\n{text}\n")
     if run.mesh.is_first_rank:
-        run.console.say(f"plot        {plot}")
+        for plot in plots:
+            run.console.say(f"plot        {plot}")
         run.console.say(f"metrics     {run.run_dir / 'metrics.jsonl'}")
         run.console.say(f"checkpoint  {folder.checkpoint_path(run.run_dir, run.step)}")
+
+
+def _draw(run_dir: Path) -> list[Path]:
+    loss = plot_loss(run_dir)
+    experts = plot_experts(run_dir / EXPERTS_FILE, run_dir / "plots" / "experts.png")
+    return [path for path in (loss, experts) if path is not None]

@@ -2,15 +2,18 @@
 
 bits per byte = sum of cross entropy over all predictions / (ln 2 * bytes of text). Documents are
 taken whole, so every byte of them is predicted once and the figure does not depend on the
-tokenizer; the end of each document is predicted too and counts as no byte.
+tokenizer; the end of each document is predicted too and counts as no byte. With experts, what the
+tokens of each domain choose is counted on the way (`expert_domains`).
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 
+from megatron_ext.expert_domains import DomainCounts, report_domains
 from megatron_ext.metrics import Record
 from megatron_ext.plan_agreement import agree_on_plan
 from megatron_ext.planners import plan_step
@@ -35,6 +38,7 @@ def validate(run: Run) -> Record:
         return {}
     for chunk in run.chunks:
         chunk.eval()
+    counts = DomainCounts(run) if run.config.moe.num_moe_experts else None
     total = 0.0
     num_tokens = 0
     tokens_per_group = (
@@ -50,17 +54,15 @@ def validate(run: Run) -> Record:
             costs=run.costs,
         )
         agree_on_plan(plan.digest(), device=run.device.device)
-        loss = run_micro_batches(
-            run.chunks,
-            run.reader.read(plan, group_refs, run.data.validation),
-            reader=run.reader,
-            forward_only=True,
-        )
+        batches = run.reader.read(plan, group_refs, run.data.validation)
+        with counts.watch(batches, group_refs) if counts else nullcontext():
+            loss = run_micro_batches(run.chunks, batches, reader=run.reader, forward_only=True)
         total += loss.cross_entropy_sum
         num_tokens += loss.num_tokens
     for chunk in run.chunks:
         chunk.train()
-    return {
+    record: Record = {
         "validation_loss": total / num_tokens,
         "validation_bits_per_byte": total / (math.log(2.0) * max(1, num_bytes)),
     }
+    return record | report_domains(run, counts) if counts else record

@@ -4,8 +4,9 @@
 
 The weights of all experts stand in one tensor, the rows expert by expert. Two ways to multiply: one
 product after another, which runs anywhere and is the reference, and torch's grouped product, one
-kernel for all experts. An expert with no rows gets gradient 0 like any other weight, or the
-reduction of gradients would wait for it.
+kernel for all experts. Where there is no such kernel `moe.expert_loop` does the same as the loop,
+faster. An expert with no rows gets gradient 0 like any other weight, or the reduction of gradients
+would wait for it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe.expert_loop import expert_loop
 from moe.swiglu import swiglu
 
 GroupedLinear = Literal["auto", "loop", "torch"]
@@ -37,11 +39,13 @@ def run_experts(
         counts: int64 [num_experts], rows of each expert; 0 is fine.
         linear_fc1: [num_experts, 2 * ffn_size, hidden_size], gate first.
         linear_fc2: [num_experts, hidden_size, ffn_size].
-        backend: as in `grouped_linear`.
+        backend: as in `grouped_linear`; "auto" without that kernel takes `expert_loop`.
 
     Returns:
         [num_rows, hidden_size].
     """
+    if backend == "auto" and not _has_kernel(rows, linear_fc1):
+        return expert_loop(rows, linear_fc1, linear_fc2, counts=counts.tolist())
     gate_up = grouped_linear(rows, linear_fc1, counts, backend=backend)
     return grouped_linear(swiglu(gate_up), linear_fc2, counts, backend=backend)
 
@@ -65,12 +69,16 @@ def grouped_linear(
         ValueError: "torch" was asked for and cannot run here.
     """
     if backend == "auto":
-        backend = "torch" if rows.is_cuda and not why_not_grouped_mm(rows, weight) else "loop"
+        backend = "torch" if _has_kernel(rows, weight) else "loop"
     if backend == "loop":
         return _loop(rows, weight, counts)
     if reason := why_not_grouped_mm(rows, weight):
         raise ValueError(f"torch._grouped_mm cannot run here: {reason}; use backend='loop'")
     return _grouped_mm(rows, weight, counts)
+
+
+def _has_kernel(rows: Tensor, weight: Tensor) -> bool:
+    return rows.is_cuda and not why_not_grouped_mm(rows, weight)
 
 
 def why_not_grouped_mm(rows: Tensor, weight: Tensor) -> str:

@@ -31,15 +31,19 @@ def dense_loop(tokens: Tensor, routing: Routing, linear_fc1: Tensor, linear_fc2:
     return output
 
 
-def permute_reference(tokens: Tensor, experts: Tensor) -> Tensor:
-    """Copies of the tokens, [num_tokens * topk, hidden_size], ordered by expert, then by token."""
+def permute_reference(tokens: Tensor, experts: Tensor, *, num_rows: int | None = None) -> Tensor:
+    """Copies of the tokens, [num_rows, hidden_size], ordered by expert, then by token.
+
+    Args:
+        num_rows: those that lead somewhere; the others are last and left out. By default all.
+    """
     copies = tokens.repeat_interleave(experts.shape[1], dim=0)
-    return copies[experts.reshape(-1).argsort(stable=True)]
+    return copies[experts.reshape(-1).argsort(stable=True)[:num_rows]]
 
 
 def unpermute_reference(rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """The weighted sum over each token's rows, which stand as `permute_reference` puts them."""
-    order = experts.reshape(-1).argsort(stable=True)
-    copies = torch.zeros_like(rows).index_copy(0, order, rows)
+    order = experts.reshape(-1).argsort(stable=True)[: rows.shape[0]]
+    copies = rows.new_zeros(experts.numel(), rows.shape[1]).index_copy(0, order, rows)
     weighted = copies.view(*experts.shape, rows.shape[1]) * weights[..., None].to(rows.dtype)
     return weighted.sum(dim=1)

@@ -20,12 +20,17 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(grad_output, torch.nn.functional.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
-        return grad
+        return swiglu_backward(gate_up, grad_output)
+
+
+def swiglu_backward(gate_up: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient of `gate_up`, both as in `swiglu`; no autograd."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad.chunk(2, dim=-1)
+    torch.mul(grad_output, torch.nn.functional.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
+    return grad
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -81,6 +81,10 @@ def _type_text(annotation: Any) -> str:
         return "null"
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        inner, *limits = get_args(annotation)
+        found = [text for limit in limits for text in _limits(limit)]
+        return " ".join([_type_text(inner), *found])
     if get_origin(annotation) is list:
         return f"list of {_type_text(get_args(annotation)[0])}"
     if get_args(annotation):

@@ -1,10 +1,12 @@
-"""Experts spread evenly over the ranks of a group; every row goes to its expert as it is.
+"""Experts spread evenly over the ranks of a group; a token goes once to each rank that has some.
 
-Rank r of e has experts r E/e .. (r + 1) E/e. Rows ordered by expert are therefore ordered by rank,
-and one all-to-all with uneven splits moves them:
+Rank r of e has experts r E/e .. (r + 1) E/e. Of T tokens with K choices each
 
-    here      rows by expert                        -> all-to-all ->
-    there     rows by (sender, expert), reordered to (expert, sender) -> experts -> and back
+    rows sent out = number of different pairs (token, rank of a chosen expert)
+
+which is the least there can be; as many come home, each the weighted sum over the experts of one
+rank. With uniform routing a rank is hit with q = 1 - C(E - E/e, K) / C(E, K), so T (e - 1) q rows
+cross, against T K (1 - 1/e) if every choice sent a row of its own.
 
 Counts go ahead, so that each rank knows how much it will receive. No capacity, nothing dropped; a
 rank may send or receive nothing.
@@ -12,95 +14,101 @@ rank may send or receive nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.dispatch.all_to_all import all_to_all_rows, exchange_counts
-from moe.permutation import Permutation, inverse, order_by_expert, permute, reorder, unpermute
+from moe.dispatch.channel import Channel
+from moe.dispatch.leg import make_leg
+from moe.dispatch.route import Choices, Route, end_route, wanted_by
+from moe.dispatch.trip import RouteTrip, travel
 from moe.records import Routing
 
 
-@dataclass(frozen=True, slots=True)
-class ExactTrip:
-    """See `moe.dispatch.protocol.Trip`.
+class ExactDispatcher:
+    """For ranks of a group that share the experts evenly, in the order of their ranks.
 
     Attributes:
-        send_splits, receive_splits: rows to and from each rank, on the way to the experts.
-        order: int64 [num_rows], place among the received rows of each of `rows`; `places` is its
-            inverse.
+        channel: the group, and what was sent over it.
     """
 
-    rows: Tensor
-    counts: Tensor
-    weights: Tensor
-    permutation: Permutation
-    send_splits: list[int]
-    receive_splits: list[int]
-    order: Tensor
-    places: Tensor
-    group: dist.ProcessGroup
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.channel = Channel(group)
 
-    def combine(self, outputs: Tensor) -> Tensor:
-        by_sender = reorder(outputs, order=self.places, places=self.order)
-        home = all_to_all_rows(
-            by_sender,
-            send_splits=self.receive_splits,
-            receive_splits=self.send_splits,
-            group=self.group,
-        )
-        return unpermute(home, self.weights, self.permutation)
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """One for each leg of a route, in their order."""
+        return (self.channel,)
 
-
-@dataclass(frozen=True, slots=True)
-class ExactDispatcher:
-    """For ranks of a group that share the experts evenly, in the order of their ranks."""
-
-    group: dist.ProcessGroup
-
-    def dispatch(self, tokens: Tensor, routing: Routing) -> ExactTrip:
+    def dispatch(self, tokens: Tensor, routing: Routing) -> RouteTrip:
         """Every rank of the group calls this together, also with no tokens.
 
         Raises:
             ValueError: the experts cannot be shared evenly.
         """
-        size = self.group.size()
-        if routing.num_experts % size:
-            raise ValueError(f"{routing.num_experts} experts cannot be shared by {size} ranks")
-        received = exchange_counts(routing.counts, group=self.group)
-        send_splits: list[int] = routing.counts.view(size, -1).sum(dim=1).tolist()
-        receive_splits: list[int] = received.sum(dim=1).tolist()
-        permutation = order_by_expert(routing.experts)
-        rows = all_to_all_rows(
-            permute(tokens, permutation),
-            send_splits=send_splits,
-            receive_splits=receive_splits,
-            group=self.group,
+        (route,) = self.make_routes([routing])
+        return travel(tokens, routing.weights, route)
+
+    def make_routes(self, routings: Sequence[Routing]) -> list[Route]:
+        """One for each chunk of tokens, with one exchange of counts and one wait for all.
+
+        Every rank of the group calls this together, with as many chunks; some may be empty.
+        """
+        size = self.channel.size
+        num_local = share_evenly(routings[0].num_experts, size)
+        wanted = [wanted_by(r.experts // num_local, num_destinations=size) for r in routings]
+        # To each rank, of each chunk: its experts' rows, then the rows sent.
+        counts = [r.counts.view(size, num_local) for r in routings]
+        copies = [w.sum(dim=0)[:, None] for w in wanted]
+        told = torch.stack(
+            [torch.cat(both, dim=1) for both in zip(counts, copies, strict=True)], dim=1
         )
-        order = _by_expert(received, num_rows=sum(receive_splits))
-        places = inverse(order)
-        return ExactTrip(
-            rows=reorder(rows, order=order, places=places),
-            counts=received.sum(dim=0),
-            weights=routing.weights,
-            permutation=permutation,
-            send_splits=send_splits,
-            receive_splits=receive_splits,
-            order=order,
-            places=places,
-            group=self.group,
+        one_each = (1,) * size
+        heard = self.channel.start(told, one_each, one_each, "numbers").wait()
+        local_counts = heard[..., :-1].sum(dim=0)
+        sent, received, num_rows = host_numbers(
+            told[..., -1].t(), heard[..., -1].t(), local_counts.sum(dim=1)[:, None]
         )
+        legs = [
+            make_leg(self.channel, w, send_splits=s, receive_splits=r)
+            for w, s, r in zip(wanted, sent, received, strict=True)
+        ]
+        under_way = [
+            leg.start(Choices(r.experts, r.weights).packed(), "numbers")
+            for leg, r in zip(legs, routings, strict=True)
+        ]
+        first_expert = self.channel.group.rank() * num_local
+        return [
+            end_route(
+                (legs[chunk],),
+                Choices.unpacked(under_way[chunk].wait()),
+                first_expert=first_expert,
+                counts=local_counts[chunk],
+                num_rows=num_rows[chunk][0],
+            )
+            for chunk in range(len(routings))
+        ]
 
 
-def _by_expert(received: Tensor, *, num_rows: int) -> Tensor:
-    """int64 [num_rows]: the received rows, which stand sender by sender, in order of expert.
+def share_evenly(num_experts: int, num_ranks: int) -> int:
+    """Experts of each rank.
 
-    Args:
-        received: int64 [num senders, num_local_experts], rows of each.
+    Raises:
+        ValueError: they cannot be shared evenly.
     """
-    num_senders, num_experts = received.shape
-    experts = torch.arange(num_experts, device=received.device).repeat(num_senders)
-    of_row = experts.repeat_interleave(received.reshape(-1), output_size=num_rows)
-    return of_row.argsort(stable=True)
+    if num_experts % num_ranks:
+        raise ValueError(f"{num_experts} experts cannot be shared by {num_ranks} ranks")
+    return num_experts // num_ranks
+
+
+def host_numbers(*tensors: Tensor) -> list[list[tuple[int, ...]]]:
+    """The rows of each int64 [num_chunks, ...], with one wait for the device in all."""
+    widths = [tensor.shape[1] for tensor in tensors]
+    rows = torch.cat(tensors, dim=1).tolist()
+    starts = [sum(widths[:index]) for index in range(len(widths))]
+    return [
+        [tuple(row[start : start + width]) for row in rows]
+        for start, width in zip(starts, widths, strict=True)
+    ]

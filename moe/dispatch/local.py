@@ -28,7 +28,7 @@ class LocalDispatcher:
     """For a rank that has every expert."""
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> LocalTrip:
-        permutation = order_by_expert(routing.experts)
+        permutation = order_by_expert(routing.experts, num_rows=routing.num_rows())
         return LocalTrip(
             rows=permute(tokens, permutation),
             counts=routing.counts,

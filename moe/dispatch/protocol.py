@@ -8,6 +8,9 @@
 home and adds them up with their weights. A layer that cuts its tokens into chunks makes one trip
 for each. All ranks of an expert-parallel group make the same trips in the same order, also those
 without tokens; backward each trip happens again in reverse.
+
+Exact and hierarchical trips are lists of legs (`moe.dispatch.leg`), which a scheduler can also
+start by itself: `moe.dispatch.route` says where rows go, apart from going.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ The bound is the least such T. It is never less than the mean with the cheapest 
 the longest sequence on its best D; it is more where only a costly exchange gets a sequence through
 in time.
 
-Each rank of a pipeline of p stages takes p - 1 times its longest micro-batch more. That is at least
-the mean of the plan's m, and in the mean over ranks at least T_l / R of the longest sequence:
-
-    bound with p stages = max((m + p - 1) / m bound,  sum_i T_i / R + (p - 1) T_l / R)
+Groups of experts wait for each other besides, so it holds for them as well. A pipeline has a bound
+of its own (`pipeline_bound`). Both count the exchange of every shared sequence by itself. In a plan
+in which several have the same ranks in one micro-batch (`static_cp` makes such; `plan_hdp` none) a
+long one's computation could hide part of a short one's exchange.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parallel.plan.cost import CostModel
+from parallel.plan.pipeline_bound import pipeline_bound
 
 # Only so many of the longest sequences are asked what they lose by being quick.
 _NUM_DECISIVE = 64
@@ -33,8 +34,9 @@ def bound_seconds(
     num_ranks: int,
     tokens_per_rank: int,
     max_ranks_per_sequence: int | None = None,
+    num_pipeline_stages: int = 1,
 ) -> float:
-    """The least time of a step without a pipeline.
+    """The least time of a step.
 
     tokens_per_rank: the most that a micro-batch may hold, with what it may offload.
     max_ranks_per_sequence: over how many ranks a planner may spread one sequence; None: all.
@@ -42,6 +44,15 @@ def bound_seconds(
     if not lengths or not sum(lengths):
         return 0.0
     most = min(num_ranks, max_ranks_per_sequence or num_ranks)
+    if num_pipeline_stages > 1:
+        return pipeline_bound(
+            lengths,
+            cost_model,
+            num_ranks=num_ranks,
+            tokens_per_rank=tokens_per_rank,
+            max_ranks_per_sequence=most,
+            num_pipeline_stages=num_pipeline_stages,
+        ).seconds
     length = np.asarray(lengths, dtype=np.int64)
     fewest = np.maximum(np.minimum(-(-length // tokens_per_rank), most), 1)
     cheapest = _cheapest(length, fewest, most, cost_model)
@@ -61,25 +72,6 @@ def bound_seconds(
     ]
     rest = total - float(cheapest[hurried].sum())
     return _least_step(least, rest, options_of, num_ranks, cost_model.fixed_seconds)
-
-
-def with_bubble(
-    bound: float,
-    lengths: Sequence[int],
-    cost_model: CostModel,
-    *,
-    num_ranks: int,
-    num_pipeline_stages: int,
-    num_micro_batches: int,
-) -> float:
-    """The bound of a pipeline, from `bound_seconds` and a plan's most micro-batches of a rank."""
-    bubble = num_pipeline_stages - 1
-    if not bound or not bubble:
-        return bound
-    longest = cost_model.sequence_seconds(max(lengths)) / num_ranks
-    even = bound * (num_micro_batches + bubble) / max(num_micro_batches, 1)
-    mean = float(cost_model.lengths_seconds(lengths).sum()) / num_ranks
-    return max(even, mean + bubble * longest)
 
 
 def _cheapest(

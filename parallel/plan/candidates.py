@@ -67,29 +67,32 @@ def make_candidates(
     communication_share: float,
     against_idling: float,
     target: float,
+    group_size: int = 1,
 ) -> list[Candidate]:
     """Candidates of these sequences, with their lengths and the ranks that hold them.
 
     communication_share: part of a sequence's work that its exchange may cost more than on its
     fewest ranks. against_idling: the same where ranks would be idle otherwise. target: seconds in
-    which all should be through.
+    which all should be through. group_size: groups of so many ranks are counted in place of ranks.
     """
     length = np.asarray(lengths, dtype=np.int64)
-    fewest = np.asarray(fewest_ranks, dtype=np.int64)
-    useful = np.array([2 * cost_model.max_useful_ranks(one) for one in lengths], dtype=np.int64)
+    fewest = -(-np.asarray(fewest_ranks, dtype=np.int64) // group_size)
+    num_groups = num_ranks // group_size
+    useful = 2 * cost_model.max_useful_ranks(length) // group_size
     useful = np.maximum(np.maximum(useful, 4 * fewest), 16)
-    most = np.maximum(fewest, np.minimum(np.minimum(useful, num_ranks), length))
+    longest_ring = length // group_size
+    most = np.maximum(fewest, np.minimum(np.minimum(useful, num_groups), longest_ring))
     # One that may decide the length of the step gets whatever helps.
-    decides = cost_model.shared_seconds(length, most) > 0.5 * target
+    decides = cost_model.shared_seconds(length, most * group_size) > 0.5 * target
     decides &= length >= np.sort(length)[-min(len(length), _NUM_DECISIVE) :][:1]
-    most = np.where(decides, np.minimum(num_ranks, length), most)
+    most = np.where(decides, np.maximum(np.minimum(num_groups, longest_ring), most), most)
     # All numbers of ranks of all sequences in one row of arrays.
     sizes = most - fewest + 1
     ends = np.cumsum(sizes)
     counts = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - sizes - fewest, sizes)
-    seconds = cost_model.shared_seconds(np.repeat(length, sizes), counts)
+    seconds = cost_model.shared_seconds(np.repeat(length, sizes), counts * group_size)
     overhead = seconds * counts
-    work = cost_model.lengths_seconds(lengths)
+    work = cost_model.lengths_seconds(lengths) / group_size
     found = []
     for index, (sequence, end, size) in enumerate(
         zip(sequences, ends.tolist(), sizes.tolist(), strict=True)
@@ -100,7 +103,7 @@ def make_candidates(
         least = int(fewest[index])
         last = least + _last(paid <= paid[0] + communication_share * work[index])
         widest = last
-        if work[index] > _WEIGHTY * num_ranks * target:
+        if work[index] > _WEIGHTY * num_groups * target:
             widest = least + _last(paid <= paid[0] + against_idling * work[index])
         own = own[: best + 1] + cost_model.fixed_seconds
         found.append(

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from parallel.plan.communication import ATTENTION_BACKWARD, FloatArray, RingCost
 from parallel.plan.flops import ModelShape
-from parallel.plan.records import MicroBatch
 
 # Backward over forward in linear layers: gradients of input and of weight.
 _LINEAR_BACKWARD = 2.0
@@ -71,32 +70,33 @@ class CostModel:
         attention = self.quadratic_seconds * length / (1 + ATTENTION_BACKWARD)
         return (attention + self.linear_seconds / (1 + _LINEAR_BACKWARD)) * length
 
-    def piece_seconds(self, start: int, end: int) -> float:
-        """Tokens start..end of a sequence, which see all tokens before them.
+    def pieces_seconds(self, start: npt.ArrayLike, end: npt.ArrayLike) -> FloatArray:
+        """Tokens start..end of sequences, which see all tokens before them; elementwise.
 
         The pieces of a sequence add up to the sequence.
         """
-        return self.sequence_seconds(end) - self.sequence_seconds(start)
-
-    def micro_batch_seconds(self, micro_batch: MicroBatch) -> float:
-        """All pieces and g; an empty micro-batch still costs g."""
-        pieces = sum(self.piece_seconds(piece.start, piece.end) for piece in micro_batch.pieces)
-        return pieces + self.fixed_seconds
+        first, last = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
+        seconds: FloatArray = (last - first) * (
+            self.quadratic_seconds * (last + first) + self.linear_seconds
+        )
+        return seconds
 
     def lengths_seconds(self, lengths: Sequence[int]) -> npt.NDArray[np.float64]:
         """`sequence_seconds` of many sequences at once, [num_sequences]."""
         length = np.asarray(lengths, dtype=np.float64)
         return (self.quadratic_seconds * length + self.linear_seconds) * length
 
-    def max_useful_ranks(self, length: int) -> int:
-        """c_max: how many ranks may share a sequence before its ring's hops show.
+    def max_useful_ranks(self, length: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """c_max: how many ranks may share a sequence before its ring's hops show; elementwise.
 
         At least 1; the sequence's length where communication costs nothing.
         """
+        tokens = np.asarray(length, dtype=np.int64)
         if self.communication is None:
-            return max(1, length)
+            return np.maximum(tokens, 1)
         fewest_tokens = self.communication.hidden_tokens(self.quadratic_seconds)
-        return max(1, min(length, int(length / max(fewest_tokens, 1.0))))
+        useful = np.maximum(tokens // max(fewest_tokens, 1.0), 1)
+        return np.asarray(useful, dtype=np.int64)
 
     def exposed_seconds(self, length: npt.ArrayLike, num_ranks: npt.ArrayLike) -> FloatArray:
         """What each rank of an even cut loses to ring or all-to-all, the cheaper; elementwise."""
@@ -117,12 +117,15 @@ class CostModel:
             )
         )
 
-    def prefers_ulysses(self, length: int, num_ranks: int) -> bool:
-        """Whether an all-to-all of heads beats the ring for an even cut."""
-        if self.communication is None or num_ranks == 1:
-            return False
+    def prefers_ulysses(
+        self, length: npt.ArrayLike, num_ranks: npt.ArrayLike
+    ) -> npt.NDArray[np.bool_]:
+        """Whether an all-to-all of heads beats the ring for an even cut; elementwise."""
+        if self.communication is None:
+            return np.zeros(np.broadcast_shapes(np.shape(length), np.shape(num_ranks)), dtype=bool)
         ring, all_to_all = self._exchange_seconds(self.communication, length, num_ranks)
-        return bool(all_to_all < ring)
+        prefers: npt.NDArray[np.bool_] = all_to_all < ring
+        return prefers
 
     def shared_seconds(self, length: npt.ArrayLike, num_ranks: npt.ArrayLike) -> FloatArray:
         """Seconds of each rank of an evenly cut sequence, without g; elementwise."""

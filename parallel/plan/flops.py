@@ -87,11 +87,6 @@ class ModelShape:
         return 4 * self.num_attention_heads * self.kv_channels * self.num_layers
 
 
-def causal_pairs(length: int) -> int:
-    """Pairs of query and key in a causal document: each token sees itself and those before."""
-    return length * (length + 1) // 2
-
-
 def model_flops(shape: ModelShape, *, lengths: Sequence[int]) -> float:
     """Forward and backward FLOPs of documents of these lengths (tokens), however packed."""
     length = np.asarray(lengths, dtype=np.float64)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
+from parallel.plan.expert_rows import plan_expert_rows
+from parallel.plan.input_check import check_not_empty, check_numbers
 from parallel.plan.offload_ratio import HostMemory, fewest_ranks
 from parallel.plan.records import StepPlan
 from parallel.plan.rows import RowLimits, plan_rows
@@ -39,53 +41,20 @@ def plan_hdp(
     Raises:
         PlanError: a sequence is empty or longer than all ranks together can hold.
     """
-    _check(
-        lengths,
-        cost_model,
-        host_memory,
+    check_numbers(
         num_ranks=num_ranks,
         tokens_per_rank=tokens_per_rank,
         num_pipeline_stages=num_pipeline_stages,
         num_micro_batches_multiple=num_micro_batches_multiple,
         expert_parallel_size=expert_parallel_size,
     )
-    if num_pipeline_stages == 1 and num_micro_batches_multiple == 1 and expert_parallel_size == 1:
-        return plan_free(
-            lengths,
-            num_ranks=num_ranks,
-            tokens_per_rank=tokens_per_rank,
-            cost_model=cost_model,
-            host_memory=host_memory,
-        )
-    limits = RowLimits(
-        num_ranks=num_ranks,
-        tokens_per_rank=tokens_per_rank,
-        num_pipeline_stages=num_pipeline_stages,
-        num_micro_batches_multiple=num_micro_batches_multiple,
-        expert_parallel_size=expert_parallel_size,
-    )
-    return plan_rows(lengths, limits, cost_model, host_memory)
-
-
-def _check(
-    lengths: Sequence[int],
-    cost_model: CostModel,
-    host_memory: HostMemory | None,
-    **limits: int,
-) -> None:
-    for name, value in limits.items():
-        if value < 1:
-            raise PlanError(f"{name} is {value}; it must be at least 1")
-    num_ranks, tokens_per_rank = limits["num_ranks"], limits["tokens_per_rank"]
-    if num_ranks % limits["expert_parallel_size"]:
+    if num_ranks % expert_parallel_size:
         raise PlanError(
-            f"num_ranks {num_ranks} is no multiple of expert_parallel_size "
-            f"{limits['expert_parallel_size']}"
+            f"num_ranks {num_ranks} is no multiple of expert_parallel_size {expert_parallel_size}"
         )
+    check_not_empty(lengths)
     capacity = num_ranks * tokens_per_rank
     for index, length in enumerate(lengths):
-        if length < 1:
-            raise PlanError(f"sequence {index} has {length} tokens; drop empty sequences first")
         if length <= capacity:
             continue
         needed = fewest_ranks(length, tokens_per_rank, cost_model, host_memory)
@@ -96,3 +65,28 @@ def _check(
                 f"{capacity}. Raise tokens_per_rank to {-(-length // num_ranks)}, or cut sequences "
                 f"at {capacity} tokens"
             )
+    if num_pipeline_stages == 1 and num_micro_batches_multiple == 1 and expert_parallel_size == 1:
+        return plan_free(
+            lengths,
+            num_ranks=num_ranks,
+            tokens_per_rank=tokens_per_rank,
+            cost_model=cost_model,
+            host_memory=host_memory,
+        )
+    if num_pipeline_stages == 1 and num_micro_batches_multiple == 1 and lengths:
+        return plan_expert_rows(
+            lengths,
+            num_ranks=num_ranks,
+            tokens_per_rank=tokens_per_rank,
+            cost_model=cost_model,
+            expert_parallel_size=expert_parallel_size,
+            host_memory=host_memory,
+        )
+    limits = RowLimits(
+        num_ranks=num_ranks,
+        tokens_per_rank=tokens_per_rank,
+        num_pipeline_stages=num_pipeline_stages,
+        num_micro_batches_multiple=num_micro_batches_multiple,
+        expert_parallel_size=expert_parallel_size,
+    )
+    return plan_rows(lengths, limits, cost_model, host_memory)

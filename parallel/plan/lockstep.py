@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
+from parallel.plan.joined import Joined
 from parallel.plan.records import StepPlan
 
 IntArray = npt.NDArray[np.int64]
@@ -25,9 +26,10 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class SharedRing(NamedTuple):
-    """Sequences that have the same micro-batches in the same meeting."""
+    """Sequences that have the same micro-batches in the same order, and so travel together."""
 
     micro_batches: tuple[int, ...]
+    """In ring order."""
     sequences: tuple[int, ...]
     block_tokens: int
     """Tokens of these sequences on the rank that holds most of them."""
@@ -59,18 +61,23 @@ def flatten(plan: StepPlan, cost_model: CostModel) -> FlatPlan:
     table = plan.piece_table()
     sequence, start, end = table.T
     tokens = end - start
-    work = (cost_model.quadratic_seconds * (end + start) + cost_model.linear_seconds) * tokens
+    work = cost_model.pieces_seconds(start, end)
     num_batches = len(num_pieces)
     return FlatPlan(
         first=first,
         seconds=np.asarray(np.bincount(owner, work, num_batches), float) + cost_model.fixed_seconds,
         tokens=np.bincount(owner, tokens, num_batches).astype(np.int64),
-        rings=_rings(sequence, owner, tokens, num_batches, first),
+        rings=_rings(sequence, owner, start, tokens, num_batches, first),
     )
 
 
 def _rings(
-    sequence: IntArray, owner: IntArray, tokens: IntArray, num_batches: int, first: IntArray
+    sequence: IntArray,
+    owner: IntArray,
+    start: IntArray,
+    tokens: IntArray,
+    num_batches: int,
+    first: IntArray,
 ) -> tuple[SharedRing, ...]:
     # One entry for each sequence and micro-batch that holds a part of it, sequence by sequence.
     pairs, inverse = np.unique(sequence * max(num_batches, 1) + owner, return_inverse=True)
@@ -78,6 +85,10 @@ def _rings(
     of_sequence, batches = np.divmod(pairs, max(num_batches, 1))
     starts = np.flatnonzero(np.diff(of_sequence, prepend=-1))
     ends = np.append(starts[1:], len(pairs))[: len(starts)]
+    # Ring order is that of the first pieces (`rings`).
+    head = np.full(len(pairs), np.iinfo(np.int64).max)
+    np.minimum.at(head, inverse, start)
+    in_order = np.lexsort((head, of_sequence))
     found: dict[tuple[int, ...], list[int]] = {}
     blocks: dict[tuple[int, ...], IntArray] = {}
     for begin, stop in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -89,9 +100,10 @@ def _rings(
                 f"a rank holds pieces of sequence {of_sequence[begin]} in two micro-batches; "
                 "they belong in one"
             )
-        key = tuple(batches[begin:stop].tolist())
+        members = in_order[begin:stop]
+        key = tuple(batches[members].tolist())
         found.setdefault(key, []).append(int(of_sequence[begin]))
-        blocks[key] = blocks.get(key, np.int64(0)) + held[begin:stop]
+        blocks[key] = blocks.get(key, np.int64(0)) + held[members]
     return tuple(
         SharedRing(key, tuple(sequences), int(blocks[key].max()))
         for key, sequences in found.items()
@@ -103,27 +115,12 @@ def meetings(flat: FlatPlan, *, expert_parallel_size: int = 1) -> list[list[int]
 
     With expert parallelism also those of equal index within each group of consecutive ranks.
     """
-    parent = list(range(len(flat.tokens)))
-
-    def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for ring in flat.rings:
-        leader = root(ring.micro_batches[0])
-        for other in ring.micro_batches[1:]:
-            parent[root(other)] = leader
-    if expert_parallel_size > 1:
-        for row in _expert_rows(flat, expert_parallel_size):
-            leader = root(row[0])
-            for other in row[1:]:
-                parent[root(other)] = leader
-    groups: dict[int, list[int]] = {}
-    for node in range(len(parent)):
-        groups.setdefault(root(node), []).append(node)
-    return [group for group in groups.values() if len(group) > 1]
+    joined: Joined[int] = Joined()
+    rows = _expert_rows(flat, expert_parallel_size) if expert_parallel_size > 1 else []
+    for together in (*(ring.micro_batches for ring in flat.rings), *rows):
+        for other in together[1:]:
+            joined.join(together[0], other)
+    return [list(group) for group in joined.groups()]
 
 
 def _expert_rows(flat: FlatPlan, size: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 from parallel.errors import PlanError
+from parallel.plan.joined import Joined
 from parallel.plan.operations import check_interleaved_count
 from parallel.plan.records import StepPlan
 
@@ -53,7 +54,7 @@ def find_meetings(plan: StepPlan, *, expert_parallel_size: int = 1) -> tuple[Mee
 
     expert_parallel_size: data-parallel ranks, consecutive, that exchange tokens with each other.
     """
-    joined = _Joined()
+    joined: Joined[Place] = Joined()
     # Where a sequence was seen first. Most are in one place only and cost no more than this.
     seen: dict[int, Place] = {}
     shared: set[int] = set()
@@ -115,31 +116,6 @@ def _named(noun: str, numbers: Sequence[int]) -> str:
     """'rank 1', 'ranks 1, 2'; long lists are cut."""
     plural = noun if len(numbers) == 1 else f"{noun}s"
     return f"{plural} {_listed(list(map(str, numbers)))}"
-
-
-class _Joined:
-    """Union-find over micro-batches; those never joined do not appear."""
-
-    def __init__(self) -> None:
-        self._parent: dict[Place, Place] = {}
-
-    def root(self, place: Place) -> Place:
-        parent = self._parent.setdefault(place, place)
-        while parent != place:
-            above = self._parent[parent]
-            self._parent[place] = above
-            place, parent = parent, above
-        return place
-
-    def join(self, one: Place, other: Place) -> None:
-        self._parent[self.root(other)] = self.root(one)
-
-    def groups(self) -> list[tuple[Place, ...]]:
-        """Members and groups ascending; a group of one joined itself."""
-        found: dict[Place, list[Place]] = {}
-        for place in sorted(self._parent):
-            found.setdefault(self.root(place), []).append(place)
-        return [tuple(places) for places in found.values()]
 
 
 def _expert_groups(plan: StepPlan, size: int) -> Iterator[range]:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
+from parallel.plan.input_check import check_not_empty, check_numbers
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 
 # Sequence numbers of one micro-batch, and the micro-batches of one rank.
@@ -72,16 +73,13 @@ def plan_packing(
 def _check(
     lengths: Sequence[int], num_ranks: int, tokens_per_rank: int, num_micro_batches_multiple: int
 ) -> None:
-    for name, value in (
-        ("num_ranks", num_ranks),
-        ("tokens_per_rank", tokens_per_rank),
-        ("num_micro_batches_multiple", num_micro_batches_multiple),
-    ):
-        if value < 1:
-            raise PlanError(f"{name} is {value}; it must be at least 1")
+    check_numbers(
+        num_ranks=num_ranks,
+        tokens_per_rank=tokens_per_rank,
+        num_micro_batches_multiple=num_micro_batches_multiple,
+    )
+    check_not_empty(lengths)
     for index, length in enumerate(lengths):
-        if length < 1:
-            raise PlanError(f"sequence {index} has {length} tokens; drop empty sequences first")
         if length > tokens_per_rank:
             raise PlanError(
                 f"sequence {index} has {length} tokens, but a micro-batch holds tokens_per_rank = "

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from parallel.plan.bound import bound_seconds, with_bubble
+from parallel.plan.bound import bound_seconds
 from parallel.plan.cost import CostModel
 from parallel.plan.lockstep import FlatPlan, flatten, meetings, run_in_lockstep
 from parallel.plan.records import StepPlan
@@ -71,25 +71,18 @@ def predict(
     bubble = num_pipeline_stages - 1
     step_seconds = _latest(flat, timeline.end, timeline.end - timeline.start, bubble)
     most = max_ranks_per_sequence or (plan.num_ranks if flat.rings else 1)
-    num_micro_batches = int(np.diff(flat.first).max(initial=0))
     bound = bound_seconds(
         plan.lengths,
         cost_model,
         num_ranks=max(plan.num_ranks, 1),
         tokens_per_rank=plan.most_tokens,
         max_ranks_per_sequence=most,
+        num_pipeline_stages=num_pipeline_stages,
     )
     total = plan.num_ranks * step_seconds or 1.0
     return Prediction(
         step_seconds=step_seconds,
-        bound_seconds=with_bubble(
-            bound,
-            plan.lengths,
-            cost_model,
-            num_ranks=max(plan.num_ranks, 1),
-            num_pipeline_stages=num_pipeline_stages,
-            num_micro_batches=num_micro_batches,
-        ),
+        bound_seconds=bound,
         idle_share=max(0.0, 1 - float(seconds.sum()) / total) if step_seconds else 0.0,
         communication_share=float(exchange.sum()) / total,
         padding_share=float(padding.sum()) / total,
@@ -133,7 +126,25 @@ def _exchange(
     ring_cost = cost_model.communication
     if ring_cost is None:
         return seconds, sent
-    ulysses = set(plan.ulysses)
+    ulysses = frozenset(plan.ulysses)
+    for ring in flat.rings:
+        members = np.array(ring.micro_batches)
+        num_ranks = len(members)
+        lengths = np.array([plan.lengths[i] for i in ring.sequences], float)
+        block = float(lengths.sum()) / num_ranks
+        # What travels together travels alike: by heads only if that is right for all (`rings`).
+        if ulysses.issuperset(ring.sequences):
+            seconds[members] += ring_cost.ulysses_seconds(num_ranks, block_tokens=block)
+            sent[members] += ring_cost.ulysses_bytes(block, num_ranks)
+        else:
+            hop = cost_model.quadratic_seconds * float(((lengths / num_ranks) ** 2).sum())
+            # The largest block sets the pace.
+            seconds[members] += ring_cost.ring_seconds(
+                num_ranks, block_tokens=ring.block_tokens, hop_seconds=hop
+            )
+            sent[members] += ring_cost.ring_bytes(block, num_ranks)
+    return seconds, sent
+    ulysses = frozenset(plan.ulysses)
     for ring in flat.rings:
         members = np.array(ring.micro_batches)
         num_ranks = len(members)

@@ -1,224 +1,224 @@
-"""Whole sequences into the cells of rows, costliest first, each to the group that has least to do.
+"""Whole sequences into the cells of rows: the rows that are needed, and what goes where.
 
-A group is one rank, or the ranks of one group of experts, which wait for each other in every row:
-its time is the sum over its rows of the slowest cell. A sequence goes where its row's slowest cell
-grows least, so nothing is lost while it fits beside a longer one (DP-Balance). In a pipeline rows
-are padded: each costs the linear time of C tokens however full it is, and a sequence only adds its
-attention. So rows are filled before new ones are opened, and groups with heavy rows get fewer of
-them (PP-Balance; ByteScale, section 6.2).
+A *cell* is one rank's part of one row. In a pipeline all rows are padded to one length, so a cell
+costs c = b L + g however full it is and a sequence adds only its attention a s^2. So:
+
+1. Rows are opened one by one, for the group that would end first, until all tokens have room;
+   groups with heavy rows get fewer of them (PP-balance; ByteScale, arXiv 2502.21231, section 6.2).
+2. Long sequences, whose attention counts, go to the group that would end first; within it to the
+   row with most room, E of like length side by side, since the slowest cell of a row counts.
+3. The others go where there is most room, which keeps L small.
 """
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from parallel.plan.cost import CostModel
-from parallel.plan.records import Piece
+import numpy as np
+import numpy.typing as npt
 
-# So many groups are asked for room before the roomiest is taken.
-_NUM_LOOKS = 4
+from parallel.plan.row_blocks import Blocks
 
-
-@dataclass(slots=True)
-class Cell:
-    """One rank's part of one row."""
-
-    room: int
-    """Tokens that still fit."""
-    seconds: float = 0.0
-    """Beyond what each row costs."""
-    shared: list[Piece] = field(default_factory=list)
-    whole: list[int] = field(default_factory=list)
+# Attention of sequences shorter than this part of a row does not count.
+_SHORT = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class RowCost:
-    """What rows and sequences cost where all rows are padded, and where none is."""
+class Cells:
+    """All cells of a try; cell e of row k of group g is cells[g][k][e]."""
 
-    per_row: float
-    per_token: float
-    per_square: float
-
-    @classmethod
-    def of(cls, cost_model: CostModel, *, capacity: int, is_padded: bool) -> "RowCost":
-        """capacity: tokens of a padded row."""
-        linear = cost_model.linear_seconds
-        return cls(
-            per_row=cost_model.fixed_seconds + (linear * capacity if is_padded else 0.0),
-            per_token=0.0 if is_padded else linear,
-            per_square=cost_model.quadratic_seconds,
-        )
-
-    def sequence_seconds(self, length: int) -> float:
-        """What a whole sequence adds to its cell."""
-        return (self.per_square * length + self.per_token) * length
-
-
-def fill_rows(
-    columns: Sequence[list[Cell]],
-    whole: Sequence[int],
-    lengths: Sequence[int],
-    *,
-    capacity: int,
-    group_size: int,
-    cost: RowCost,
-    max_rows: int,
-    bubble: int,
-) -> None:
-    """Place `whole`, longest first, in the columns of all ranks.
-
-    A group opens no more than max_rows rows while another has room. bubble: how many times the
-    longest row of a group is paid besides.
-    """
-    groups = [
-        _Group(list(columns[first : first + group_size]), capacity)
-        for first in range(0, len(columns), group_size)
-    ]
-    heap = [
-        (
-            group.seconds
-            + cost.per_row * group.num_rows
-            + bubble * max(group.slowest, default=0.0),
-            i,
-        )
-        for i, group in enumerate(groups)
-    ]
-    time_of = [time for time, _ in heap]
-    heapq.heapify(heap)
-    rooms = [(-group.most_room, i) for i, group in enumerate(groups)]
-    heapq.heapify(rooms)
-    for sequence in whole:
-        length = lengths[sequence]
-        seconds = cost.sequence_seconds(length)
-        number = _next_group(
-            heap,
-            rooms,
-            groups,
-            time_of,
-            length=length,
-            seconds=seconds,
-            cost=cost,
-            max_rows=max_rows,
-        )
-        group = groups[number]
-        before = group.seconds
-        place = group.find(length, seconds)
-        if place is None:
-            place = group.open_row()
-            time_of[number] += cost.per_row
-        group.add(place, sequence, length, seconds)
-        time_of[number] += group.seconds - before
-        heapq.heappush(heap, (time_of[number], number))
-        heapq.heappush(rooms, (-group.most_room, number))
-
-
-def _next_group(
-    heap: list[tuple[float, int]],
-    rooms: list[tuple[int, int]],
-    groups: Sequence["_Group"],
-    time_of: Sequence[float],
-    *,
-    length: int,
-    seconds: float,
-    cost: RowCost,
-    max_rows: int,
-) -> int:
-    """The group that is done first with the sequence, of the least busy few that can take it.
-
-    If none of those has room, the roomiest; if that has none either, the least busy. Both heaps
-    hold outdated entries of groups that have been filled since.
-    """
-    passed: list[tuple[float, int]] = []
-    found, earliest = -1, float("inf")
-    while heap and len(passed) < _NUM_LOOKS:
-        time, number = heap[0]
-        if time != time_of[number]:
-            heapq.heappop(heap)
-            continue
-        if time >= earliest:
-            # Later ones could not be done sooner.
-            break
-        passed.append(heapq.heappop(heap))
-        group = groups[number]
-        if group.most_room >= length:
-            place = group.find(length, seconds)
-            assert place is not None
-            growth = group.growth(place, seconds)
-        elif group.num_rows < max_rows:
-            growth = cost.per_row + seconds
-        else:
-            continue
-        if time + growth < earliest:
-            found, earliest = number, time + growth
-    least_busy = passed[0][1]
-    for entry in passed:
-        heapq.heappush(heap, entry)
-    while found < 0:
-        room, number = rooms[0]
-        if -room != groups[number].most_room:
-            heapq.heappop(rooms)
-        elif -room >= length:
-            found = number
-        else:
-            found = least_busy
-    return found
-
-
-class _Group:
-    """Ranks that wait for each other in every row."""
-
-    def __init__(self, columns: list[list[Cell]], capacity: int) -> None:
-        self.columns = columns
+    def __init__(
+        self,
+        blocks: Blocks,
+        lengths: Sequence[int],
+        *,
+        group_size: int,
+        num_ranks: int,
+        capacity: int,
+        row_seconds: float,
+        filled_seconds: float,
+        bubble: int,
+    ) -> None:
+        self.lengths = lengths
+        self.group_size = group_size
         self.capacity = capacity
-        self.slowest: list[float] = []
-        for _ in range(max(map(len, columns))):
-            self.open_row()
+        self.row_seconds = row_seconds
+        self.bubble = bubble
+        num_groups = num_ranks // group_size
+        self.num_rows: list[int] = blocks.num_rows.tolist()
+        with_slot = np.zeros(num_groups)
+        for slot in blocks.slots:
+            with_slot[slot.groups] += 1
+        # What rows hold is counted when it comes.
+        empty = blocks.num_rows - with_slot
+        self.end: list[float] = (blocks.clock - empty * (filled_seconds - row_seconds)).tolist()
+        self.longest: list[float] = blocks.longest.tolist()
+        """Seconds of each group's longest row."""
+        self.room = [[[capacity] * group_size for _ in range(n)] for n in self.num_rows]
+        self.whole: list[list[list[list[int]]]] = [
+            [[[] for _ in range(group_size)] for _ in range(n)] for n in self.num_rows
+        ]
+        self.slowest = [[0.0] * n for n in self.num_rows]
+        """Of each row, beyond c."""
+        self.attention = [[[0.0] * group_size for _ in range(n)] for n in self.num_rows]
+        for slot in blocks.slots:
+            for group in slot.groups:
+                self.slowest[group][slot.row] = slot.seconds
+            for sequence, ranks in slot.blocks:
+                share = -(-lengths[sequence] // len(ranks))
+                for rank in ranks:
+                    group, place = divmod(rank, group_size)
+                    self.room[group][slot.row][place] -= share
+                    self.attention[group][slot.row][place] = slot.seconds
+        self.groups = range(num_groups)
 
-    @property
-    def most_room(self) -> int:
-        """Tokens that the emptiest cell can take."""
-        return max((cell.room for column in self.columns for cell in column), default=0)
+    def finish(self, group: int) -> float:
+        """When a group's last stage would be through."""
+        return self.end[group] + self.bubble * self.longest[group]
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.slowest)
+    def open_row(self, group: int) -> None:
+        self.num_rows[group] += 1
+        self.end[group] += self.row_seconds
+        self.longest[group] = max(self.longest[group], self.row_seconds)
+        size = self.group_size
+        self.room[group].append([self.capacity] * size)
+        self.whole[group].append([[] for _ in range(size)])
+        self.slowest[group].append(0.0)
+        self.attention[group].append([0.0] * size)
 
-    @property
-    def seconds(self) -> float:
-        """Beyond what each row costs."""
-        return sum(self.slowest)
+    def put(self, group: int, row: int, place: int, sequence: int, seconds: float) -> None:
+        self.whole[group][row][place].append(sequence)
+        self.room[group][row][place] -= self.lengths[sequence]
+        cell = self.attention[group][row]
+        cell[place] += seconds
+        growth = cell[place] - self.slowest[group][row]
+        if growth > 0:
+            self.slowest[group][row] += growth
+            self.end[group] += growth
+            self.longest[group] = max(
+                self.longest[group], self.row_seconds + self.slowest[group][row]
+            )
 
-    def open_row(self) -> tuple[int, int]:
-        """One more row; its first cell as (place in the group, row)."""
-        row = len(self.slowest)
-        for column in self.columns:
-            if len(column) == row:
-                column.append(Cell(self.capacity))
-        self.slowest.append(max(column[row].seconds for column in self.columns))
-        return 0, row
 
-    def find(self, length: int, seconds: float) -> tuple[int, int] | None:
-        """The cell with room where the row grows least; of equals the one with the least room."""
-        best = None
-        best_growth, best_room = float("inf"), 0
-        for place, column in enumerate(self.columns):
-            for row, cell in enumerate(column):
-                if cell.room < length:
-                    continue
-                growth = self.growth((place, row), seconds)
-                if growth < best_growth or (growth == best_growth and cell.room < best_room):
-                    best, best_growth, best_room = (place, row), growth, cell.room
-        return best
+def fill_cells(
+    cells: Cells, whole: Sequence[int], attention: Sequence[float], *, short_tokens: float
+) -> None:
+    """Place `whole`, longest first; `attention` are seconds, indexed by sequence."""
+    lengths, size = cells.lengths, cells.group_size
+    num_long = 0
+    while num_long < len(whole) and lengths[whole[num_long]] > _SHORT * short_tokens:
+        num_long += 1
+    groups = [(cells.finish(group), group) for group in cells.groups]
+    heapq.heapify(groups)
+    # Groups without room for sequences as long as those that come now, the roomiest first.
+    tight: list[tuple[int, int]] = []
+    left: list[int] = []
+    for first in range(0, num_long, size):
+        chunk = whole[first : min(first + size, num_long)]
+        if not _put_beside(cells, groups, tight, chunk, attention):
+            left += chunk
+    left += whole[num_long:]
+    _put_where_room_is(cells, left, attention)
 
-    def growth(self, place: tuple[int, int], seconds: float) -> float:
-        """What the group takes longer if a cell does."""
-        rank, row = place
-        return max(0.0, self.columns[rank][row].seconds + seconds - self.slowest[row])
 
-    def add(self, place: tuple[int, int], sequence: int, length: int, seconds: float) -> None:
-        """Take a sequence into a cell."""
-        cell = self.columns[place[0]][place[1]]
-        cell.whole.append(sequence)
-        cell.room -= length
-        cell.seconds += seconds
-        self.slowest[place[1]] = max(self.slowest[place[1]], cell.seconds)
+def _put_beside(
+    cells: Cells,
+    groups: list[tuple[float, int]],
+    tight: list[tuple[int, int]],
+    chunk: Sequence[int],
+    attention: Sequence[float],
+) -> bool:
+    """Up to E sequences into one row of the group that ends first and has room for them."""
+    longest = cells.lengths[chunk[0]]
+    while tight and -tight[0][0] >= longest:
+        _, group = heapq.heappop(tight)
+        heapq.heappush(groups, (cells.finish(group), group))
+    while groups:
+        group = groups[0][1]
+        rooms = [min(row) for row in cells.room[group]]
+        most = max(rooms, default=0)
+        if most < longest:
+            heapq.heappop(groups)
+            heapq.heappush(tight, (-most, group))
+            continue
+        row = rooms.index(most)
+        cell = cells.attention[group][row]
+        order = sorted(range(cells.group_size), key=cell.__getitem__)
+        for place, sequence in zip(order, chunk, strict=False):
+            cells.put(group, row, place, sequence, attention[sequence])
+        heapq.heapreplace(groups, (cells.finish(group), group))
+        return True
+    return False
+
+
+def _put_where_room_is(cells: Cells, sequences: Sequence[int], attention: Sequence[float]) -> None:
+    """Each sequence into the emptiest cell; a row more where none has room."""
+    rooms = [
+        (-room, group, row, place)
+        for group, rows in enumerate(cells.room)
+        for row, cell in enumerate(rows)
+        for place, room in enumerate(cell)
+        if room > 0
+    ]
+    heapq.heapify(rooms)
+    for sequence in sequences:
+        length = cells.lengths[sequence]
+        if not rooms or -rooms[0][0] < length:
+            group = min(cells.groups, key=cells.finish)
+            cells.open_row(group)
+            row = cells.num_rows[group] - 1
+            for place in range(cells.group_size):
+                heapq.heappush(rooms, (-cells.capacity, group, row, place))
+        room, group, row, place = rooms[0]
+        heapq.heapreplace(rooms, (room + length, group, row, place))
+        cells.put(group, row, place, sequence, attention[sequence])
+
+
+def open_rows(
+    blocks: Blocks,
+    num_tokens: int,
+    *,
+    group_size: int,
+    row_tokens: int,
+    used_tokens: int,
+    row_seconds: float,
+    filled_seconds: float,
+    bubble: int,
+    multiple: int,
+) -> float:
+    """Rows enough for `num_tokens`, beside blocks that use `used_tokens` of theirs.
+
+    Returns when the last stage of all would be through if they are filled evenly.
+    """
+    counts = blocks.num_rows
+    rounded = -(-np.maximum(counts, 1 if multiple > 1 else 0) // multiple) * multiple
+    clock = blocks.clock + (rounded - counts) * filled_seconds
+    blocks.longest = np.where(rounded > 0, np.maximum(blocks.longest, filled_seconds), 0.0)
+    per_row = group_size * row_tokens
+    missing = num_tokens + used_tokens - int(rounded.sum()) * per_row
+    num_more = max(0, -(-missing // (per_row * multiple)))
+    step = multiple * filled_seconds
+    finish = clock + bubble * np.maximum(blocks.longest, filled_seconds)
+    more = _water(finish, step, num_more)
+    blocks.num_rows = rounded + more * multiple
+    blocks.clock = clock + more * step
+    opened = blocks.num_rows > 0
+    blocks.longest = np.where(opened, np.maximum(blocks.longest, filled_seconds), 0.0)
+    return float((blocks.clock + bubble * blocks.longest).max(initial=0.0))
+
+
+def _water(level: npt.NDArray[np.float64], step: float, num: int) -> npt.NDArray[np.int64]:
+    """How often each is raised by `step` if `num` times the lowest is."""
+    if not num:
+        return np.zeros(len(level), dtype=np.int64)
+    low, high = float(level.min()), float(level.max()) + step * (num / len(level) + 1)
+    # The highest water at which no more than num steps are under it.
+    for _ in range(40):
+        middle = (low + high) / 2
+        if int(np.ceil(np.maximum(middle - level, 0.0) / step).sum()) <= num:
+            low = middle
+        else:
+            high = middle
+    more = np.ceil(np.maximum(low - level, 0.0) / step).astype(np.int64)
+    rest = num - int(more.sum())
+    order = np.argsort(level + more * step, kind="stable")
+    more[order[:rest]] += 1
+    return more

@@ -1,46 +1,38 @@
-"""Plans in which a meeting has one index on all its ranks: for pipelines and groups of experts.
+"""Plans of rows for a pipeline: a meeting has one index on all its ranks, all rows one length.
 
-Row k is what the ranks run as their k-th micro-batch, a `Cell` one rank's part of it. Shared
-sequences come first, longest first, so that the blocks of a row last about equally long: each takes
-the first row with enough free ranks, and of these the ones that grow least by it. In a pipeline
-they are those with another heavy row, since only the longest makes a rank's bubble. Whole sequences
-fill the cells (`row_fill`). How wide blocks are and how many rows there may be is tried, and
-`predict` decides.
+A step of p stages takes, on each rank, its rows and p - 1 times the longest of them. Short rows
+make short bubbles but spread more sequences over more ranks, so the length L of the rows is chosen,
+up to the C tokens that fit, and with it who shares what (`row_blocks`). The bound's own rows
+(`pipeline_bound`) are where the search starts: of some tries the most promising are filled
+(`row_fill`), and the one that ends first is the plan.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from parallel.plan.bound import bound_seconds, with_bubble
-from parallel.plan.candidates import Candidate, make_candidates
 from parallel.plan.cost import CostModel
 from parallel.plan.cuts import even_cut
-from parallel.plan.offload_ratio import HostMemory, fewest_ranks
-from parallel.plan.predict import predict
+from parallel.plan.offload_ratio import HostMemory
+from parallel.plan.pipeline_bound import RowBound, pipeline_bound
 from parallel.plan.records import MicroBatch, Piece, StepPlan
-from parallel.plan.row_fill import Cell, RowCost, fill_rows
+from parallel.plan.row_blocks import Blocks, place_in_rows
+from parallel.plan.row_fill import Cells, fill_cells, open_rows
+from parallel.plan.row_shares import BoolArray, FloatArray, IntArray, RowShape, Shares, share
 
+# Rows may be filled so much over the length that all tokens ask for, so that whole sequences fit.
+_SLACK = 1.03
+# Of a sequence's attention, what its exchange may cost for the sake of shorter rows.
+_EXCHANGE_SHARE = 0.02
+# Over the bound: when all should be through. The first for every length of rows, the others for the
+# best of them.
+_TARGETS = (1.05, 1.0, 1.1)
+# Numbers of rows that are tried, over the bound's.
+_ROW_COUNTS = (0.7, 0.85, 1.0)
 
-class _Way(NamedTuple):
-    """How to make one of the plans that are tried."""
-
-    communication_share: float
-    """What its exchange may cost of a sequence's work. Wide blocks make short bubbles."""
-    spare_rows: int
-    """Rows that ranks may open beyond the fewest."""
-
-
-_ANY = 1 << 30
-_WAYS = (_Way(0.01, 0), _Way(0.0, 0), _Way(0.01, _ANY), _Way(0.05, 0), _Way(0.01, 1))
-"""The likeliest first."""
-# Sequences placed, of all tries together, after which the best is taken; two tries there are.
-_EFFORT = 20_000
-# A step this much over the bound is taken at once.
-_GOOD_ENOUGH = 1.01
+# Tries that are filled; all are placed.
+_NUM_FILLED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +46,17 @@ class RowLimits:
     expert_parallel_size: int = 1
 
 
+@dataclass(slots=True)
+class _Try:
+    """Shared sequences in their rows, and what the step might come to."""
+
+    hope: float
+    shape: RowShape
+    blocks: Blocks
+    whole: list[int]
+    """By place, longest first."""
+
+
 def plan_rows(
     lengths: Sequence[int],
     limits: RowLimits,
@@ -61,31 +64,22 @@ def plan_rows(
     host_memory: HostMemory | None = None,
 ) -> StepPlan:
     """Plan a step of sequences that the ranks can hold."""
-    best: tuple[float, StepPlan] | None = None
-    effort = -len(lengths)
-    for way in _WAYS:
-        if way.spare_rows and limits.num_pipeline_stages == 1:
-            # Rows that are not padded cost nothing, so there is no limit to spare.
-            continue
-        plan = _Rows(lengths, limits, cost_model, host_memory, way).plan()
-        found = predict(
-            plan,
-            cost_model,
-            num_pipeline_stages=limits.num_pipeline_stages,
-            expert_parallel_size=limits.expert_parallel_size,
-            max_ranks_per_sequence=limits.num_ranks,
-        )
-        if best is None or found.step_seconds < best[0]:
-            best = (found.step_seconds, plan)
-        effort += len(lengths)
-        if found.step_seconds <= _GOOD_ENOUGH * found.bound_seconds or effort > _EFFORT:
+    step = _Step(lengths, limits, cost_model, host_memory)
+    if not lengths:
+        return step.build(Blocks(np.zeros(1), np.zeros(1), np.zeros(1, dtype=np.int64)), None)
+    tries = step.tries()
+    found: list[tuple[float, int, Blocks, Cells]] = []
+    for one in tries[:_NUM_FILLED]:
+        if found and found[0][0] <= one.hope:
             break
-    assert best is not None
-    return best[1]
+        cells = step.fill(one)
+        found.append((step.seconds(one.blocks, cells), len(found), one.blocks, cells))
+    _, _, blocks, cells = min(found, key=lambda entry: entry[:2])
+    return step.build(blocks, cells)
 
 
-class _Rows:
-    """One try: the cells of all ranks."""
+class _Step:
+    """The sequences, longest first, and what they cost."""
 
     def __init__(
         self,
@@ -93,166 +87,190 @@ class _Rows:
         limits: RowLimits,
         cost_model: CostModel,
         host_memory: HostMemory | None,
-        way: _Way,
     ) -> None:
-        self.way = way
-        self.lengths = lengths
         self.limits = limits
-        self.cost_model = cost_model
+        self.cost = cost_model
         self.host_memory = host_memory
-        self.offloadable = host_memory.offloadable if host_memory else 0.0
-        self.is_padded = limits.num_pipeline_stages > 1
-        self.row_cost = RowCost.of(
-            cost_model, capacity=limits.tokens_per_rank, is_padded=self.is_padded
-        )
-        self.columns: list[list[Cell]] = [[] for _ in range(limits.num_ranks)]
-        self.ulysses: list[int] = []
-        # Of each row with shared sequences, which ranks are in a block.
-        self.taken: list[npt.NDArray[np.bool_]] = []
-        self.busy = np.zeros(limits.num_ranks)
-        self.longest = np.zeros(limits.num_ranks)
-        self.bound = bound_seconds(
-            lengths,
-            cost_model,
-            num_ranks=limits.num_ranks,
-            tokens_per_rank=limits.tokens_per_rank,
-        )
-        self.target = with_bubble(
-            self.bound,
-            lengths,
-            cost_model,
-            num_ranks=limits.num_ranks,
-            num_pipeline_stages=limits.num_pipeline_stages,
-            num_micro_batches=self._fewest_rows(),
-        )
+        self.bubble = limits.num_pipeline_stages - 1
+        length = np.asarray(lengths, dtype=np.int64)
+        self.order: list[int] = np.argsort(-length, kind="stable").tolist()
+        self.sorted: IntArray = length[self.order]
+        self.lengths: list[int] = self.sorted.tolist()
+        self.given = tuple(lengths)
+        self.num_tokens = int(length.sum())
+        squares = self.sorted.astype(np.float64) ** 2
+        self.attention: FloatArray = cost_model.quadratic_seconds * squares
+        self.attention_list: list[float] = self.attention.tolist()
 
-    def plan(self) -> StepPlan:
+    def tries(self) -> list[_Try]:
+        """Several lengths of rows, and for the best of them several targets; the best first."""
         limits = self.limits
-        length = np.asarray(self.lengths, dtype=np.int64)
-        longest_first = np.argsort(-length, kind="stable").tolist()
-        num_shared = int((length > limits.tokens_per_rank).sum())
-        for candidate in self._candidates(longest_first[:num_shared]):
-            self._place(candidate)
-        max_rows = max(len(self.taken), self._fewest_rows()) + self.way.spare_rows
-        fill_rows(
-            self.columns,
-            longest_first[num_shared:],
+        bound = pipeline_bound(
             self.lengths,
-            capacity=limits.tokens_per_rank,
-            group_size=limits.expert_parallel_size,
-            cost=self.row_cost,
-            max_rows=max_rows if self.is_padded else len(self.lengths),
-            bubble=limits.num_pipeline_stages - 1,
-        )
-        return StepPlan(
-            lengths=tuple(self.lengths),
-            tokens_per_rank=limits.tokens_per_rank,
-            micro_batches=tuple(self._micro_batches()),
-            ulysses=tuple(sorted(self.ulysses)),
-            offloadable=self.offloadable,
-        )
-
-    def _candidates(self, shared: Sequence[int]) -> list[Candidate]:
-        limits = self.limits
-        lengths = [self.lengths[i] for i in shared]
-        return make_candidates(
-            shared,
-            lengths,
-            [self._fewest_ranks(length) for length in lengths],
+            self.cost,
             num_ranks=limits.num_ranks,
-            cost_model=self.cost_model,
-            communication_share=self.way.communication_share,
-            against_idling=self.way.communication_share,
-            target=self.bound,
+            tokens_per_rank=limits.tokens_per_rank,
+            max_ranks_per_sequence=limits.num_ranks,
+            num_pipeline_stages=max(2, limits.num_pipeline_stages),
+        )
+        found = [
+            self._try(row_tokens, bound, _TARGETS[0]) for row_tokens in self._row_lengths(bound)
+        ]
+        best = min(found, key=lambda one: one.hope).shape.row_tokens
+        found += [self._try(best, bound, target) for target in _TARGETS[1:]]
+        return sorted(found, key=lambda one: one.hope)
+
+    def _row_lengths(self, bound: RowBound) -> list[int]:
+        """Around the bound's, whole numbers of rows; longer ones, which share less, too."""
+        limits = self.limits
+        # No row is shorter than the longest sequence on all ranks; it may need host memory there.
+        shortest = -(-self.lengths[0] // limits.num_ranks)
+        longest = max(shortest, limits.tokens_per_rank)
+        multiple = limits.num_micro_batches_multiple
+        per_rank = self.num_tokens / limits.num_ranks
+        counts = {
+            max(1, round(per_rank / bound.row_tokens / multiple * part)) * multiple
+            for part in _ROW_COUNTS
+        }
+        found = {min(max(int(per_rank / count * 1.005) + 1, shortest), longest) for count in counts}
+        # Half of the tokens are in sequences that such rows hold.
+        middle = int(np.searchsorted(np.cumsum(self.sorted), self.num_tokens / 2))
+        common = min(max(self.lengths[middle], shortest), longest)
+        return sorted({*found, common, longest})
+
+    def _try(self, row_tokens: int, bound: RowBound, target: float) -> _Try:
+        limits, cost = self.limits, self.cost
+        per_row = cost.fixed_seconds + cost.linear_seconds * row_tokens
+        shape = RowShape(
+            row_tokens=row_tokens,
+            level_seconds=max(bound.longest_seconds, per_row * 1.02),
+            exchange_share=_EXCHANGE_SHARE,
+        )
+        group_size = limits.expert_parallel_size
+        shares = share(self.sorted, cost, shape, num_ranks=limits.num_ranks, group_size=group_size)
+        is_shared = np.zeros(len(self.sorted), dtype=bool)
+        is_shared[shares.sequences] = True
+        used_tokens = int(self.sorted[is_shared].sum()) + self._wasted(shares, is_shared, shape)
+        row_seconds = cost.fixed_seconds + cost.linear_seconds * shape.row_tokens
+        filled = row_seconds + self._mean_attention(is_shared, shape)
+        blocks = place_in_rows(
+            shares,
+            num_groups=limits.num_ranks // group_size,
+            group_size=group_size,
+            row_seconds=row_seconds,
+            filled_seconds=filled,
+            bubble=self.bubble,
+            target=bound.seconds * target,
+        )
+        hope = open_rows(
+            blocks,
+            self.num_tokens - used_tokens,
+            group_size=group_size,
+            row_tokens=shape.row_tokens,
+            used_tokens=used_tokens,
+            row_seconds=row_seconds,
+            filled_seconds=filled,
+            bubble=self.bubble,
+            multiple=limits.num_micro_batches_multiple,
+        )
+        return _Try(hope, shape, blocks, np.flatnonzero(~is_shared).tolist())
+
+    def _wasted(self, shares: Shares, is_shared: BoolArray, shape: RowShape) -> int:
+        """Tokens of room beside shared sequences for which there is no sequence short enough."""
+        length = self.sorted[shares.sequences]
+        room = shape.row_tokens - length / shares.num_ranks
+        total = float((room * shares.num_ranks).sum())
+        if not total > 0:
+            return 0
+        # Whole sequences as long as half of the mean room still fit well.
+        mean = total / float(shares.num_ranks.sum())
+        short = self.sorted[~is_shared & (self.sorted <= mean / 2)]
+        return max(0, int(total) - int(short.sum()))
+
+    def _mean_attention(self, is_shared: BoolArray, shape: RowShape) -> float:
+        """Of a row of whole sequences."""
+        whole = ~is_shared
+        tokens = int(self.sorted[whole].sum())
+        return float(self.attention[whole].sum()) * shape.row_tokens / max(tokens, 1)
+
+    def fill(self, one: _Try) -> Cells:
+        """Whole sequences into the rows of a try."""
+        limits, shape = self.limits, one.shape
+        row_seconds = self.cost.fixed_seconds + self.cost.linear_seconds * shape.row_tokens
+        is_shared = np.ones(len(self.sorted), dtype=bool)
+        is_shared[one.whole] = False
+        cells = Cells(
+            one.blocks,
+            self.lengths,
+            group_size=limits.expert_parallel_size,
+            num_ranks=limits.num_ranks,
+            capacity=max(min(int(shape.row_tokens * _SLACK), limits.tokens_per_rank), 1),
+            row_seconds=row_seconds,
+            filled_seconds=row_seconds + self._mean_attention(is_shared, shape),
+            bubble=self.bubble,
+        )
+        fill_cells(cells, one.whole, self.attention_list, short_tokens=shape.row_tokens)
+        return cells
+
+    def seconds(self, blocks: Blocks, cells: Cells) -> float:
+        """The step, as `predict` will say."""
+        longest = max((cells.capacity - min(row) for rows in cells.room for row in rows), default=0)
+        per_row = self.cost.fixed_seconds + self.cost.linear_seconds * longest
+        num_rows = max(cells.num_rows)
+        durations = np.zeros((num_rows, len(cells.num_rows)))
+        for group, slowest in enumerate(cells.slowest):
+            durations[: len(slowest), group] = np.asarray(slowest) + per_row
+        clock = np.zeros(len(cells.num_rows))
+        longest_row = np.zeros(len(cells.num_rows))
+        by_row: list[list[list[int]]] = [[] for _ in range(num_rows)]
+        for slot in blocks.slots:
+            if len(slot.groups) > 1:
+                by_row[slot.row].append(slot.groups)
+        for row, together in zip(durations, by_row, strict=True):
+            for groups in together:
+                clock[groups] = clock[groups].max()
+                row[groups] = row[groups].max()
+            clock += row
+            longest_row = np.maximum(longest_row, row)
+        return float((clock + self.bubble * longest_row).max())
+
+    def build(self, blocks: Blocks, cells: Cells | None) -> StepPlan:
+        """Cut and write down."""
+        limits = self.limits
+        size, multiple = limits.expert_parallel_size, limits.num_micro_batches_multiple
+        fewest = multiple if multiple > 1 else 0
+        counts = cells.num_rows if cells else [0] * (limits.num_ranks // size)
+        counts = [max(-(-count // multiple) * multiple, fewest) for count in counts]
+        pieces: list[list[list[Piece]]] = [
+            [[] for _ in range(counts[rank // size])] for rank in range(limits.num_ranks)
+        ]
+        if cells:
+            for rank, rows in enumerate(pieces):
+                group, place = divmod(rank, size)
+                for row, inside in enumerate(cells.whole[group]):
+                    given = sorted(self.order[i] for i in inside[place])
+                    rows[row] += [Piece(i, 0, self.given[i]) for i in given]
+        shared = [block for slot in blocks.slots for block in slot.blocks]
+        by_heads = self.cost.prefers_ulysses(
+            [self.lengths[place] for place, _ in shared], [len(ranks) for _, ranks in shared]
+        )
+        ulysses = [self.order[shared[i][0]] for i in np.flatnonzero(by_heads).tolist()]
+        for slot in blocks.slots:
+            for place, ranks in slot.blocks:
+                parts = even_cut(self.order[place], self.lengths[place], len(ranks))
+                for rank, part in zip(ranks, parts, strict=True):
+                    pieces[rank][slot.row] += part
+        return StepPlan(
+            lengths=self.given,
+            tokens_per_rank=limits.tokens_per_rank,
+            micro_batches=tuple(tuple(self._micro_batch(row) for row in rows) for rows in pieces),
+            ulysses=tuple(sorted(ulysses)),
+            offloadable=self.host_memory.offloadable if self.host_memory else 0.0,
         )
 
-    def _fewest_ranks(self, length: int) -> int:
-        limits = self.limits
-        needed = -(-length // limits.tokens_per_rank)
-        # Longer rows than C are padding on all others, so a pipeline offloads only what it must.
-        if self.is_padded and needed <= limits.num_ranks:
-            return needed
-        return fewest_ranks(length, limits.tokens_per_rank, self.cost_model, self.host_memory)
-
-    def _fewest_rows(self) -> int:
-        """Rows of C tokens that hold everything."""
-        per_row = self.limits.num_ranks * self.limits.tokens_per_rank
-        return -(-sum(self.lengths) // per_row)
-
-    def _place(self, candidate: Candidate) -> None:
-        """A shared sequence into the first row in which enough ranks are free."""
-        group = self.limits.expert_parallel_size
-        count = candidate.most
-        if count > group:
-            # Whole groups of experts, so that none of their ranks waits in this row.
-            count = min(-(-count // group) * group, candidate.limit)
-        num_free = [self.limits.num_ranks - int(taken.sum()) for taken in self.taken]
-        rows = (row for row, num in enumerate(num_free) if num >= candidate.fewest)
-        row = next(rows, len(self.taken))
-        if row == len(self.taken):
-            self.taken.append(np.zeros(self.limits.num_ranks, dtype=bool))
-        free = np.flatnonzero(~self.taken[row])
-        ranks = self._choose(free, min(count, len(free)), candidate)
-        self._add_block(candidate, row, ranks)
-
-    def _choose(self, free: npt.NDArray[np.int64], count: int, candidate: Candidate) -> list[int]:
-        """Of the free ranks those that grow least."""
-        seconds = candidate.on(count)
-        bubble = self.limits.num_pipeline_stages - 1
-        longest = np.maximum(self.longest[free], seconds)
-        after = self.busy[free] + seconds + bubble * longest
-        group = self.limits.expert_parallel_size
-        if group == 1:
-            # Heavy rows go together, as long as that makes no rank late.
-            growth = bubble * (longest - self.longest[free])
-            growth += np.maximum(0.0, after - self.target) * len(self.busy)
-            order = np.lexsort((free, after, growth))
-        else:
-            number = free // group
-            num_free = np.bincount(number)[number]
-            latest = np.zeros(int(number.max()) + 1)
-            np.maximum.at(latest, number, after)
-            # Groups with enough free ranks first, then the idlest; a group stays together.
-            order = np.lexsort((free, number, latest[number], -np.minimum(num_free, count)))
-        return sorted(free[order[:count]].tolist())
-
-    def _add_block(self, candidate: Candidate, row: int, ranks: Sequence[int]) -> None:
-        sequence, count = candidate.sequence, len(ranks)
-        length = self.lengths[sequence]
-        if self.cost_model.prefers_ulysses(length, count):
-            self.ulysses.append(sequence)
-        self.taken[row][ranks] = True
-        self.busy[ranks] += candidate.on(count)
-        self.longest[ranks] = np.maximum(self.longest[ranks], candidate.on(count))
-        pieces = even_cut(sequence, length, count)
-        # Beyond what each row costs anyway: g, and in a pipeline the linear time.
-        seconds = candidate.on(count) - self.cost_model.fixed_seconds
-        if self.is_padded:
-            seconds -= self.cost_model.linear_seconds * length / count
-        for rank, part in zip(ranks, pieces, strict=True):
-            column = self.columns[rank]
-            while len(column) <= row:
-                column.append(Cell(self.limits.tokens_per_rank))
-            column[row].shared += part
-            column[row].room -= sum(piece.num_tokens for piece in part)
-            column[row].seconds += max(0.0, seconds)
-
-    def _micro_batches(self) -> Iterator[tuple[MicroBatch, ...]]:
-        """Of each rank, filled up with empty ones where others or the pipeline need it."""
-        limits = self.limits
-        group, multiple = limits.expert_parallel_size, limits.num_micro_batches_multiple
-        fewest = 1 if multiple > 1 else 0
-        for rank, column in enumerate(self.columns):
-            first = rank - rank % group
-            longest = max(fewest, *map(len, self.columns[first : first + group]))
-            count = -(-longest // multiple) * multiple
-            cells = [self._micro_batch(cell) for cell in column]
-            yield (*cells, *[MicroBatch()] * (count - len(cells)))
-
-    def _micro_batch(self, cell: Cell) -> MicroBatch:
-        whole = [Piece(i, 0, self.lengths[i]) for i in sorted(cell.whole)]
+    def _micro_batch(self, pieces: list[Piece]) -> MicroBatch:
         ratio = 0.0
-        if self.host_memory is not None and cell.room < 0:
-            capacity = self.limits.tokens_per_rank
-            ratio = self.host_memory.ratio(capacity - cell.room, tokens_per_rank=capacity)
-        return MicroBatch((*whole, *cell.shared), ratio)
+        if self.host_memory is not None:
+            num_tokens = sum(piece.end - piece.start for piece in pieces)
+            ratio = self.host_memory.ratio(num_tokens, tokens_per_rank=self.limits.tokens_per_rank)
+        return MicroBatch(tuple(pieces), ratio)

@@ -2,11 +2,11 @@
 
 Every (rank, stage) runs its list of `operations` one after the other. A computation lasts its
 seconds; one that belongs to a meeting starts when all members have reached it and lasts as long as
-the slowest. An exchange is over when each of its transfers has been posted at both ends and
-send_seconds have passed. With e_x the end of x and x' the operation before it on the same stage:
+the slowest. An exchange takes no time of its own: it is over when each of its transfers has been
+posted at both ends. With e_x the end of x and x' the operation before it on the same stage:
 
     computation   e_x = max over members y of e_y' + max over members y of seconds_y
-    exchange      e_x = max over partners y of max(e_x', e_y') + send_seconds
+    exchange      e_x = max over partners y of max(e_x', e_y')
 
 No operation competes for anything but its stage, so each end is computed once, as soon as what it
 needs is known. When nothing more can be computed and a list is not at its end, the plan deadlocks.
@@ -26,6 +26,8 @@ from parallel.plan.records import StepPlan
 SecondsOf = Callable[[int, int], float]
 """(rank, index of the micro-batch) -> forward and backward seconds on one stage."""
 
+# Linear layers compute two gradients for one output.
+_BACKWARD_OVER_FORWARD = 2.0
 _MAX_LINES = 8
 
 
@@ -67,8 +69,6 @@ def simulate(
     num_pipeline_stages: int = 1,
     num_model_chunks: int = 1,
     expert_parallel_size: int = 1,
-    send_seconds: float = 0.0,
-    backward_over_forward: float = 2.0,
 ) -> Simulation:
     """Play a step of megatron's schedule for this many stages and model chunks.
 
@@ -76,15 +76,13 @@ def simulate(
         seconds: forward and backward of one stage (all its chunks) for each micro-batch, as a
             function of rank and index or as [rank][index].
         expert_parallel_size: data-parallel ranks, consecutive, that exchange tokens in each layer.
-        send_seconds: of a transfer between stages, from when both ends have posted it.
-        backward_over_forward: how many times longer a backward takes.
 
     Raises:
         PlanError: the plan deadlocks; the message has ranks, stages and operations that wait for
             each other. Or interleaved stages have a number of micro-batches megatron refuses.
     """
     seconds_of = seconds if callable(seconds) else lambda rank, index: seconds[rank][index]
-    chunk_seconds = 1.0 / (1.0 + backward_over_forward) / num_model_chunks
+    chunk_seconds = 1.0 / (1.0 + _BACKWARD_OVER_FORWARD) / num_model_chunks
     step = _Step(
         plan,
         num_pipeline_stages,
@@ -94,8 +92,6 @@ def simulate(
             [chunk_seconds * seconds_of(rank, index) for index in range(len(batches))]
             for rank, batches in enumerate(plan.micro_batches)
         ],
-        backward_over_forward=backward_over_forward,
-        send_seconds=send_seconds,
     )
     return step.run()
 
@@ -111,13 +107,9 @@ class _Step:
         meetings: Sequence[Meeting],
         *,
         forward_seconds: list[list[float]],
-        backward_over_forward: float,
-        send_seconds: float,
     ) -> None:
         self.num_stages = num_stages
         self.forward_seconds = forward_seconds
-        self.backward_over_forward = backward_over_forward
-        self.send_seconds = send_seconds
         self.operations = _all_operations(plan, num_stages, num_chunks)
         num = len(self.operations)
         self.meetings = meetings
@@ -183,7 +175,7 @@ class _Step:
         rank, stage = divmod(number, self.num_stages)
         duration = self.forward_seconds[rank][step.index]
         if not step.is_forward:
-            duration *= self.backward_over_forward
+            duration *= _BACKWARD_OVER_FORWARD
         self.busy_seconds += duration
         meeting = self.meeting_of.get((rank, step.index))
         if meeting is None:
@@ -214,7 +206,7 @@ class _Step:
                 self.posted[rank, transfer] = number
                 self.unmatched[number] += 1
                 continue
-            end = max(start, self.clock[other]) + self.send_seconds
+            end = max(start, self.clock[other])
             self.matched_seconds[number] = max(self.matched_seconds[number], end)
             self.matched_seconds[other] = max(self.matched_seconds[other], end)
             self.unmatched[other] -= 1

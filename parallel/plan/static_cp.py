@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
 from parallel.plan.cuts import cut
+from parallel.plan.input_check import check_not_empty, check_numbers
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 
 
@@ -33,9 +34,12 @@ def plan_static_cp(
     Raises:
         PlanError: a sequence is empty, or longer than all ranks (or a given group) can hold.
     """
-    for index, length in enumerate(lengths):
-        if length < 1:
-            raise PlanError(f"sequence {index} has {length} tokens; drop empty sequences first")
+    check_numbers(
+        num_ranks=num_ranks,
+        tokens_per_rank=tokens_per_rank,
+        num_micro_batches_multiple=num_micro_batches_multiple,
+    )
+    check_not_empty(lengths)
     smallest = smallest_context_parallel_size(
         lengths, num_ranks=num_ranks, tokens_per_rank=tokens_per_rank
     )

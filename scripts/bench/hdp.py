@@ -29,26 +29,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
 from parallel.plan.cuts import even_cut
-from parallel.plan.flops import ModelShape
 from parallel.plan.hdp import plan_hdp
 from parallel.plan.offload_ratio import HostMemory, fewest_ranks
 from parallel.plan.predict import Prediction, predict
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 from parallel.plan.static_cp import plan_static_cp
 from scripts.bench.length_sets import LENGTH_SETS, LengthSet
+from scripts.bench.seven_billion import SEVEN_BILLION, seven_billion_cost
 
-LLAMA_7B = ModelShape(
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=11_008,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    vocab_size=128_256,
-)
 VARIANTS = ("static_cp", "dynamic", "+ offload", "+ balance", "+ balance, no offload")
 # ByteScale, figure 19: 7B, 2M, Byted, 1,024 GPUs; and the headline for GitHub.
 PAPER = {"dynamic": 1.59, "+ offload": 2.01, "+ balance": 3.69}
@@ -68,20 +58,16 @@ class Constants:
 
     @property
     def cost_model(self) -> CostModel:
-        return CostModel.from_model(
-            LLAMA_7B,
+        return seven_billion_cost(
             flops_per_second=self.teraflops * 1e12,
+            bytes_per_second=self.link_gigabytes * 1e9,
+            latency_seconds=self.latency_microseconds * 1e-6,
             fixed_seconds=5e-3,
-            communication=RingCost.from_model(
-                LLAMA_7B,
-                bytes_per_second=self.link_gigabytes * 1e9,
-                latency_seconds=self.latency_microseconds * 1e-6,
-            ),
         )
 
     @property
     def host_memory(self) -> HostMemory:
-        return HostMemory.from_model(LLAMA_7B, bytes_per_second=self.host_gigabytes * 1e9)
+        return HostMemory.from_model(SEVEN_BILLION, bytes_per_second=self.host_gigabytes * 1e9)
 
 
 def plan_in_order(

@@ -162,7 +162,7 @@ def report(
 def hops_seconds(compute: float, communication: float, *, share: float, dtype: str) -> float:
     """The least that a ring can take; share: of the computation, during which blocks travel."""
     # Backward: 2.5 times the computation; keys and values again, and their float32 gradients.
-    backward_bytes = 1 + 4 / getattr(torch, dtype).itemsize
+    backward_bytes: float = 1 + 4 / getattr(torch, dtype).itemsize
     forward = max(0.0, communication / (1 + backward_bytes) - share * compute / 3.5)
     backward_sent = communication * backward_bytes / (1 + backward_bytes)
     return compute + forward + max(0.0, backward_sent - share * compute * 2.5 / 3.5)

@@ -15,6 +15,7 @@ from megatron_ext.config import Config
 from megatron_ext.config_check import check_config
 from megatron_ext.config_file import dump_config, load_config, recipe_names
 from megatron_ext.errors import UserError
+from megatron_ext.plan_command import num_parameters
 
 CORPUS = "data:\n  corpora:\n    - path: corpus\n"
 
@@ -220,7 +221,9 @@ def test_unknown_recipe_names_the_nearest_and_all() -> None:
 
 
 def test_the_recipes_that_were_promised_ship() -> None:
-    assert {"quickstart", "125m", "1b", "7b", "22b", "175b", "1t"} <= set(recipe_names())
+    dense = {"quickstart", "125m", "1b", "7b", "22b", "175b", "1t"}
+    sparse = {"moe-quickstart", "deepseek-moe-2b", "deepseek-moe-16b", "mixtral-8x7b", "ling-lite"}
+    assert dense | sparse <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -242,6 +245,22 @@ def test_recipes_have_the_size_in_their_name(name: str, billions: float) -> None
     attention = 2 * (model.num_attention_heads + model.query_groups) * model.head_dim
     layer = model.hidden_size * (attention + 3 * model.ffn_size)
     assert model.num_layers * layer / 1e9 == pytest.approx(billions, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "num_weights"),
+    [
+        # Published: 2.0 B (a tokenizer of 8K), and the files of the others on Hugging Face.
+        ("deepseek-moe-2b", 8192, 1_974_039_040),
+        ("deepseek-moe-16b", 102_400, 16_375_728_128),
+        ("mixtral-8x7b", 32_000, 46_702_792_704),
+        ("ling-lite", 126_464, 16_801_974_272),
+    ],
+)
+def test_recipes_with_experts_have_the_published_sizes(
+    name: str, vocab_size: int, num_weights: int
+) -> None:
+    assert num_parameters(load_config(name), vocab_size=vocab_size) == num_weights
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -258,13 +258,6 @@ RULES = [
         world_size=3,
     ),
     Rule(
-        "megatron's planner has no pipeline",
-        {"parallel__planner": "megatron", "parallel__pipeline_model_parallel_size": 2},
-        ["parallel.planner=megatron has no pipeline"],
-        {"parallel__planner": "hdp"},
-        world_size=2,
-    ),
-    Rule(
         "sequence and global batch",
         {"train__global_batch_tokens": 127},
         ["train.global_batch_tokens=127 cannot hold one sequence", "use at least 128"],

@@ -74,11 +74,23 @@ def test_flops_count_what_one_token_meets(ranks: Ranks) -> None:
 
 def test_megatron_says_it_so() -> None:
     words = megatron_flags(tree_config(**DEEPSEEK_MOE_16B))
-    for word in ("--num-experts 64", "--moe-router-topk 6", "--moe-router-pre-softmax"):
+    for word in (
+        "--num-experts 64",
+        "--moe-router-topk 6",
+        "--moe-router-pre-softmax",
+        "--moe-router-load-balancing-type none",
+    ):
         assert word in words
     pattern = "[0," + ",".join(["1"] * 27) + "]"
     assert f"--moe-layer-freq {pattern}" in words
     assert not any("moe" in word for word in megatron_flags(tree_config()))
+    mixed = DEEPSEEK_MOE_16B | {
+        "moe__moe_router_load_balancing_type": ["global_aux_loss", "aux_loss"],
+        "moe__moe_aux_loss_coeff": [0.01, 0.0001],
+    }
+    words = megatron_flags(tree_config(**mixed))
+    assert "--moe-router-load-balancing-type global_aux_loss aux_loss" in words
+    assert "--moe-aux-loss-coeff 0.01 0.0001" in words
 
 
 def test_a_saved_tree_is_read_back() -> None:

@@ -41,6 +41,8 @@ BATCH = {"train": {"train_iters": 20, "global_batch_tokens": 512, "eval_interval
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 EP2 = {"expert_model_parallel_size": 2}
 EP4 = {"expert_model_parallel_size": 4}
+# As if every two ranks were a machine: tokens then travel in two legs.
+TWO_A_NODE = {"ranks_per_node": 2}
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 4000}
 RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 
@@ -53,6 +55,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2xTP2+SP": (2, EP2 | TP2 | SP | PLAIN),
     "EP2xTP2+SPxDP2": (4, EP2 | TP2 | SP | PLAIN),
     "EP4xTP2+SPxDP2+ZeRO-1": (4, EP4 | TP2 | SP | ZERO1),
+    "EP4 on two nodes": (4, EP4 | PLAIN | TWO_A_NODE),
+    "EP4xTP2+SPxDP2+ZeRO-1 on two nodes": (4, EP4 | TP2 | SP | ZERO1 | TWO_A_NODE),
+    "EP4xPP2 on four nodes": (8, EP4 | PP2 | PLAIN | TWO_A_NODE),
     "EP2xPP2": (4, EP2 | PP2 | PLAIN),
     "EP2xPP2+ZeRO-1": (4, EP2 | PP2 | ZERO1),
     "EP2xPP2 interleaved+ZeRO-1": (4, EP2 | PP2 | VPP2 | ZERO1),
@@ -116,28 +121,28 @@ def single(ranks: Ranks, corpus: Path) -> Single:
 
 def train_with_margins(tree: dict[str, Any]) -> dict[str, Any]:
     """`train_and_report`, and of each step the smallest lead of a chosen expert (in logits)."""
-    from megatron_ext import moe_layer, trainer
-    from moe.router import softmax_topk
+    from megatron_ext import moe_router, trainer
+    from moe.router import route
 
     train_step = trainer.train_step
     margins: list[float] = []
 
-    def watched(logits: Tensor, *, topk: int, **options: Any) -> Any:
+    def watched(logits: Tensor, options: Any, **more: Any) -> Any:
         if len(logits):
-            best = logits.topk(topk + 1, dim=-1).values
+            best = logits.topk(options.topk + 1, dim=-1).values
             margins[-1] = min(margins[-1], float((best[:, -2] - best[:, -1]).min()))
-        return softmax_topk(logits, topk=topk, **options)
+        return route(logits, options, **more)
 
     def counted(run: Any) -> Any:
         margins.append(math.inf)
         return train_step(run)
 
-    setattr(moe_layer, "softmax_topk", watched)  # noqa: B010
+    setattr(moe_router, "route", watched)  # noqa: B010
     setattr(trainer, "train_step", counted)  # noqa: B010
     try:
         return train_and_report(tree, NUM_STEPS) | {"margins": margins}
     finally:
-        setattr(moe_layer, "softmax_topk", softmax_topk)  # noqa: B010
+        setattr(moe_router, "route", route)  # noqa: B010
         setattr(trainer, "train_step", train_step)  # noqa: B010
 
 
@@ -188,6 +193,7 @@ def test_layout_equals_single_rank(ranks: Ranks, corpus: Path, single: Single, l
         ("first", "EP2xPP2"),
         ("first", "EP2xPP2+ZeRO-1"),
         ("one sequence", "EP2xDP2"),
+        ("one sequence", "EP4 on two nodes"),
     ],
 )
 def test_models_equal_single_rank(
@@ -199,16 +205,26 @@ def test_models_equal_single_rank(
     check_equal(reports, single(name))
 
 
-@pytest.mark.parametrize("layout", ["EP2", "EP2xTP2+SPxDP2", "EP2xPP2+ZeRO-1"])
+@pytest.mark.parametrize(
+    ("planner", "layout"),
+    [
+        ("hdp", "EP2"),
+        ("hdp", "EP2xTP2+SPxDP2"),
+        ("hdp", "EP2xPP2+ZeRO-1"),
+        ("static_cp", "EP2xTP2+SPxDP2"),
+        ("megatron", "EP2xDP2"),
+        ("megatron", "EP2xPP2 interleaved+ZeRO-1"),
+    ],
+)
 def test_sequences_shared_by_ranks_equal_single_rank(
-    ranks: Ranks, corpus: Path, single: Single, layout: str
+    ranks: Ranks, corpus: Path, single: Single, planner: str, layout: str
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
     # Most sequences are longer than what one rank holds.
     tree = tiny_tree(
         corpus,
         corpus.parent / "shared",
-        parallel=parallel | {"planner": "hdp"},
+        parallel=parallel | {"planner": planner},
         data={"tokens_per_rank": 96},
         **OPTIONS["mixtral"],
     )

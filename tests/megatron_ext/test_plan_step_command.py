@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_ext import plan_step_command
 from megatron_ext.cli import main
+from megatron_ext.planners import ask_planner
 from parallel.plan.records import StepPlan
 
 LENGTHS = [20_000, 3000, 900, 50, 12_000, 400, 7000, 64]
@@ -86,12 +89,18 @@ def test_numbers_must_be_above_0(
 
 
 def test_a_plan_that_cannot_run_is_no_plan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text("500\n30000\n9000\n9000\n9000\n12000\n3000\n3000\n")
     assert main(command(path, "--planner", "megatron")) == 0
+    assert main(command(path, "--planner", "megatron", "--pipeline", "2")) == 0
     capsys.readouterr()
+
+    def forgetful(*arguments: Any, num_pipeline_stages: int, **options: Any) -> StepPlan:
+        return ask_planner(*arguments, **options)
+
     # Its ranks meet at different indices, which a pipeline's schedule does not allow.
+    monkeypatch.setattr(plan_step_command, "ask_planner", forgetful)
     assert main(command(path, "--planner", "megatron", "--pipeline", "2")) == 2
     assert "must have the same index" in capsys.readouterr().err

@@ -194,17 +194,25 @@ def test_another_model_or_optimizer_is_refused(ranks: Ranks, corpus: Path, tmp_p
             ranks.run(1, resume_train, tree, 1, megatron=True)
 
 
+def step_loss(run: Any) -> float:
+    """One step; its loss."""
+    from megatron_ext.trainer import train_step
+
+    loss = train_step(run)["loss"]
+    assert isinstance(loss, float)
+    return loss
+
+
 def start_and_count(tree: dict[str, Any]) -> tuple[int, float]:
     """Adam's count of updates after one step of a run that starts from another."""
     from megatron_ext.checkpoint.state import num_updates
     from megatron_ext.resume import resume
-    from megatron_ext.trainer import train_step
 
     with opened(tree) as run:
         resume(run)
         assert run.step == 0
-        loss = train_step(run)["loss"]
-        return num_updates(run.optimizer), float(loss or 0.0)
+        loss = step_loss(run)
+        return num_updates(run.optimizer), loss
 
 
 def test_start_from_another_run(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
@@ -258,16 +266,15 @@ def train_save_train(tree: dict[str, Any], num_before: int, num_after: int) -> l
         for _ in range(num_before):
             train_step(run)
         save(run)
-        return [float(train_step(run)["loss"] or 0.0) for _ in range(num_after)]
+        return [step_loss(run) for _ in range(num_after)]
 
 
 def resume_train(tree: dict[str, Any], num_steps: int) -> list[float]:
     from megatron_ext.resume import resume
-    from megatron_ext.trainer import train_step
 
     with opened(tree) as run:
         resume(run)
-        return [float(train_step(run)["loss"] or 0.0) for _ in range(num_steps)]
+        return [step_loss(run) for _ in range(num_steps)]
 
 
 def save_without_room_for_rank_0(tree: dict[str, Any]) -> None:

@@ -30,15 +30,18 @@ class RoutedCase:
     ffn_size: int = 16
     choice: Choice = "random"
     seed: int = 0
+    dropped_share: float = 0.0
 
     def experts(self) -> Tensor:
-        """int64 [num_tokens, topk]."""
+        """int64 [num_tokens, topk]; a dropped choice leads nowhere."""
         scores = torch.rand(self.num_tokens, self.num_experts, generator=self._generator(1))
         if self.choice == "all to one":
             scores[:, -1] = 2.0
         elif self.choice == "none for one" and self.num_experts > self.topk:
             scores[:, 0] = -1.0
-        return scores.topk(self.topk, dim=-1).indices
+        experts = scores.topk(self.topk, dim=-1).indices
+        is_dropped = torch.rand(experts.shape, generator=self._generator(4)) < self.dropped_share
+        return experts.masked_fill(is_dropped, self.num_experts)
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
         """tokens, weights, linear_fc1, linear_fc2."""
@@ -70,11 +73,15 @@ class RoutedCase:
 
 
 def routing_of(experts: Tensor, weights: Tensor, *, num_experts: int) -> Routing:
+    counts = count_tokens(experts, num_experts=num_experts)
+    # Who refused the dropped ones is not known here, and nothing depends on it.
+    has_nowhere = bool((experts == num_experts).any())
     return Routing(
         experts=experts,
         weights=weights,
         probabilities=torch.full((len(experts), num_experts), 1.0 / num_experts),
-        counts=count_tokens(experts, num_experts=num_experts),
+        counts=counts,
+        dropped=torch.zeros_like(counts) if has_nowhere else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.permutation import inverse, order_by_expert, permute, reorder, unpermute
@@ -72,3 +73,44 @@ def test_reorder_and_its_gradient() -> None:
     rows = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     assert torch.equal(reordered(rows, order), rows[order])
     assert torch.autograd.gradcheck(lambda rows: reordered(rows, order), rows)
+
+
+@given(case=cases(), share=st.sampled_from([0.0, 0.3, 1.0]))
+def test_choices_that_lead_nowhere_have_no_row(case: RoutedCase, share: float) -> None:
+    experts = case.experts()
+    is_nowhere = (
+        torch.rand(experts.shape, generator=torch.Generator().manual_seed(case.seed)) < share
+    )
+    experts = experts.masked_fill(is_nowhere, case.num_experts)
+    num_rows = int((~is_nowhere).sum())
+    permutation = order_by_expert(experts, num_rows=num_rows)
+    assert permutation.num_rows == num_rows
+    assert permutation.has_nowhere == (num_rows < experts.numel())
+    tokens, weights = (leaf.requires_grad_() for leaf in case.leaves(torch.float64)[:2])
+    rows, expected = (
+        permute(tokens, permutation),
+        permute_reference(tokens, experts, num_rows=num_rows),
+    )
+    assert torch.equal(rows, expected)
+    grad = torch.randn_like(rows)
+    torch.testing.assert_close(
+        torch.autograd.grad(rows, tokens, grad), torch.autograd.grad(expected, tokens, grad)
+    )
+    # Weights of choices that lead nowhere need not be 0 here.
+    rows = torch.randn_like(rows).requires_grad_()
+    output = unpermute(rows, weights, permutation)
+    wanted = unpermute_reference(rows, weights, experts)
+    torch.testing.assert_close(output, wanted)
+    grad = torch.randn_like(output)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, (rows, weights), grad),
+        torch.autograd.grad(wanted, (rows, weights), grad),
+    )
+
+
+def test_a_row_that_is_not_finite_stays_with_its_token() -> None:
+    experts = torch.tensor([[0], [1], [1]])
+    permutation = order_by_expert(experts, num_rows=1)
+    rows = torch.tensor([[float("nan")]])
+    output = unpermute(rows, torch.tensor([[1.0], [0.0], [0.0]]), permutation)
+    assert output[1:].tolist() == [[0.0], [0.0]]

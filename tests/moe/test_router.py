@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.router import count_tokens, router_logits, softmax_topk, z_loss
+from moe.router import RouterOptions, count_tokens, route, router_logits, softmax_topk, z_loss
 from moe.side_loss import attach_loss
 
 
@@ -102,3 +102,52 @@ def test_an_attached_loss_only_adds_its_gradient() -> None:
     (found,) = torch.autograd.grad(carried.sin().sum(), logits)
     (wanted,) = torch.autograd.grad(logits.sin().sum() + 0.1 * z_loss(logits), logits)
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_bias_moves_the_choice_and_not_the_weights() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
+    options = RouterOptions(topk=1, score_function="sigmoid", is_renormalised=False)
+    routing = route(logits, options, bias=torch.tensor([0.0, 0.0, 9.0]))
+    assert routing.experts.tolist() == [[2]]
+    assert routing.weights.item() == 0.5
+    assert torch.equal(routing.probabilities, route(logits, options).probabilities)
+
+
+def test_noise_decides_and_probabilities_are_without() -> None:
+    logits, noisy = torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 3.0]])
+    routing = route(logits, RouterOptions(topk=1, is_renormalised=False), noisy_logits=noisy)
+    assert routing.experts.tolist() == [[2]]
+    torch.testing.assert_close(routing.weights, noisy.softmax(dim=-1)[:, 2:])
+    torch.testing.assert_close(routing.probabilities, logits.softmax(dim=-1))
+
+
+def test_choice_within_groups_stays_there() -> None:
+    logits = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    routing = route(logits, RouterOptions(topk=4, num_groups=4, group_topk=2))
+    groups = (routing.experts // 3).sort(dim=-1).values
+    assert all(len(set(row)) == 2 for row in groups.tolist())
+
+
+def test_expert_choice_loads_all_alike() -> None:
+    logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    routing = route(logits, RouterOptions(topk=2, is_expert_choice=True, scaling_factor=3.0))
+    assert routing.counts.tolist() == [10] * 8
+    assert routing.dropped is not None
+    assert routing.dropped.tolist() == [0] * 8
+    assert count_tokens(routing.experts, num_experts=8).tolist() == [10] * 8
+    kept = routing.experts < 8
+    scores = 3.0 * logits.softmax(dim=-1)
+    expected = scores.gather(1, routing.experts.clamp(max=7)).masked_fill(~kept, 0.0)
+    torch.testing.assert_close(routing.weights, expected)
+
+
+def test_of_no_tokens_nothing_is_chosen() -> None:
+    for options in (
+        RouterOptions(topk=2),
+        RouterOptions(topk=2, is_expert_choice=True),
+        RouterOptions(topk=2, capacity_factor=1.0),
+    ):
+        routing = route(torch.zeros(0, 4), options)
+        assert routing.num_tokens == 0
+        assert routing.counts.tolist() == [0] * 4
+        assert routing.num_rows() == 0

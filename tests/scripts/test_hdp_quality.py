@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from scripts.bench import hdp_quality
-from scripts.bench.hdp_quality import main, measure_set, seven_billion, summary
+from scripts.bench.hdp_quality import Layout, main, measure_set, summary
 from scripts.bench.length_sets import LENGTH_SETS
+from scripts.bench.seven_billion import SEVEN_BILLION, seven_billion_cost
 
 BY_NAME = {lengths_of.name: lengths_of for lengths_of in LENGTH_SETS}
 
@@ -70,10 +71,11 @@ def test_batches_have_the_tokens_and_keep_the_cap() -> None:
 
 
 def test_the_cost_is_that_of_a_7b_model() -> None:
-    cost = seven_billion()
+    assert SEVEN_BILLION.matmul_parameters == pytest.approx(6.2e9, rel=0.01)
+    cost = seven_billion_cost()
     # 6 P s + 3.5 (2 L H s^2) at 400 TFLOP/s.
-    flops = 6 * 6.7e9 * 1000 + 3.5 * 2 * 32 * 4096 * 1000**2
-    assert cost.sequence_seconds(1000) == pytest.approx(flops / 400e12)
+    flops = 6 * SEVEN_BILLION.matmul_parameters * 1000 + 3.5 * 2 * 32 * 4096 * 1000**2
+    assert cost.sequence_seconds(1000) == pytest.approx(flops / 400e12, rel=1e-3)
     assert cost.communication is not None
     hop_bytes = cost.communication.key_value_bytes
     assert hop_bytes == 2 * 8 * 128 * 2 * 32
@@ -82,22 +84,25 @@ def test_the_cost_is_that_of_a_7b_model() -> None:
 
 
 def test_all_planners_on_one_batch() -> None:
-    cost = seven_billion()
-    found = {
-        name: summary(
-            measure_set(name, BY_NAME["wlb_llm"], num_ranks=8, seeds=[0], cost_model=cost)
-        )
-        for name in hdp_quality.PLANNERS
-    }
-    assert found["hdp"]["median"] >= 0.99
-    for peer in ("megatron", "static_cp"):
-        assert 0.1 < found[peer]["median"] < found["hdp"]["median"]
+    cost = seven_billion_cost()
+    for layout, least in ((Layout(8), 0.99), (Layout(8, 2, 4), 0.75)):
+        found = {
+            name: summary(measure_set(name, BY_NAME["wlb_llm"], layout, seeds=[0], cost_model=cost))
+            for name in hdp_quality.PLANNERS
+        }
+        assert found["hdp"]["median"] >= least
+        for peer in ("megatron", "static_cp"):
+            assert 0.1 < found[peer]["median"] < found["hdp"]["median"]
 
 
 def test_peers_are_not_asked_for_what_takes_them_too_long() -> None:
     assert (
         measure_set(
-            "static_cp", BY_NAME["wikipedia"], num_ranks=128, seeds=[0], cost_model=seven_billion()
+            "static_cp",
+            BY_NAME["wikipedia"],
+            Layout(128),
+            seeds=[0],
+            cost_model=seven_billion_cost(),
         )
         == []
     )
@@ -109,13 +114,14 @@ def test_table_and_json(
     monkeypatch.setattr(hdp_quality, "LENGTH_SETS", LENGTH_SETS[:2])
     monkeypatch.setattr(hdp_quality, "planning_times", lambda _: {"a case": 0.25})
     path = tmp_path / "quality.json"
-    arguments = ["--ranks", "8", "--seeds", "2", "--planners", "hdp", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["hdp_quality", *arguments])
+    arguments = ["--ranks", "8", "--stages", "1", "2", "--seeds", "2", "--planners", "hdp"]
+    monkeypatch.setattr(sys, "argv", ["hdp_quality", *arguments, "--json", str(path)])
     main()
     report = json.loads(path.read_text())
-    assert [row["set"] for row in report["rows"]] == ["wikipedia", "prolong"]
-    assert report["planners"]["hdp"]["batches"] == 4
-    assert not math.isnan(report["planners"]["hdp"]["median"])
+    sets = [(row["num_stages"], row["set"]) for row in report["rows"]]
+    assert sets == [(n, name) for n in (1, 2) for name in ("wikipedia", "prolong", "all")]
+    assert [row["batches"] for row in report["planners"]] == [4, 4]
+    assert not math.isnan(report["planners"][0]["median"])
     printed = capsys.readouterr().out
-    assert "hdp            8 wikipedia" in printed
+    assert "hdp       R     8 P 2 E 1 wikipedia" in printed
     assert "a case: 250 ms" in printed

@@ -1,14 +1,12 @@
 """FLOPs, cost and prediction against sums written out by hand."""
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.plan.cost import CostModel
-from parallel.plan.flops import ModelShape, causal_pairs, model_flops
-from parallel.plan.predict import predict
+from parallel.plan.flops import ModelShape, model_flops
+from parallel.plan.predict import micro_batch_seconds, predict
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 
 SHAPE = ModelShape(
@@ -48,7 +46,7 @@ def test_llama_7b_has_its_parameters() -> None:
 def test_model_flops_pair_by_pair() -> None:
     lengths = (5, 1, 9)
     pairs = sum(1 for length in lengths for i in range(length) for _ in range(i + 1))
-    assert pairs == sum(causal_pairs(length) for length in lengths)
+    assert pairs == sum(length * (length + 1) // 2 for length in lengths)
     # Forward: two products of 8 channels (2 FLOPs each) for each pair, head and layer.
     attention = pairs * (2 * 2 * 8) * 4 * 3
     linear = 2 * SHAPE.matmul_parameters * sum(lengths)
@@ -65,7 +63,7 @@ def test_packing_does_not_square_the_pack() -> None:
 def test_cost_from_model_counts_flops() -> None:
     model = CostModel.from_model(SHAPE, flops_per_second=1e3)
     length = 7
-    forward_attention = causal_pairs(length) * SHAPE.forward_flops_per_pair
+    forward_attention = length * (length + 1) // 2 * SHAPE.forward_flops_per_pair
     flops = 3 * 2 * SHAPE.matmul_parameters * length + 3.5 * forward_attention
     assert model.sequence_seconds(length) == pytest.approx(flops / 1e3)
     # Dearer than the model's FLOPs by attention's recomputed scores alone.
@@ -76,16 +74,16 @@ def test_cost_from_model_counts_flops() -> None:
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=8))
 def test_pieces_add_up_to_their_sequence(places: list[int]) -> None:
     edges = sorted(places)
-    pieces = sum(COST.piece_seconds(a, b) for a, b in pairwise(edges))
-    assert pieces == pytest.approx(COST.piece_seconds(edges[0], edges[-1]), abs=1e-6)
-    assert COST.piece_seconds(0, edges[-1]) == COST.sequence_seconds(edges[-1])
+    pieces = COST.pieces_seconds(edges[:-1], edges[1:]).sum()
+    assert pieces == pytest.approx(COST.pieces_seconds(edges[0], edges[-1]), abs=1e-6)
+    assert COST.pieces_seconds(0, edges[-1]) == COST.sequence_seconds(edges[-1])
 
 
 def test_cost_by_hand() -> None:
     assert COST.sequence_seconds(10) == 2 * 100 + 3 * 10
     assert COST.lengths_seconds([10, 1]).tolist() == [230, 5]
-    assert COST.micro_batch_seconds(MicroBatch((Piece(0, 0, 10), Piece(1, 0, 1)))) == 240
-    assert COST.micro_batch_seconds(MicroBatch()) == 5
+    batches = (MicroBatch((Piece(0, 0, 10), Piece(1, 0, 1))), MicroBatch())
+    assert micro_batch_seconds(StepPlan((10, 1), 11, (batches,)), COST) == ((240, 5),)
 
 
 PLAN = StepPlan(
@@ -118,8 +116,9 @@ def test_pipeline_adds_its_bubble_to_both() -> None:
     padding = 2 * 6 * 3.0
     assert found.step_seconds == sum(times) + padding + 3 * 235.0
     assert found.padding_share == pytest.approx(padding / found.step_seconds)
-    # The longest sequence passes all stages, while nothing else could fill the others.
-    assert found.bound_seconds == pytest.approx(230 + 2 * 44 + 3 * 230)
+    # The best plan has both short ones in one row; the bound knows of no whole sequences.
+    best = 235.0 + (2 * 32 + 10 * 3 + 5) + 3 * 235.0
+    assert 0.98 * best <= found.bound_seconds <= best
     assert found.idle_share == pytest.approx(3 * 235.0 / found.step_seconds)
 
 
@@ -127,7 +126,8 @@ def test_pipeline_of_equal_micro_batches() -> None:
     plan = StepPlan((4,) * 6, 4, (tuple(MicroBatch((Piece(i, 0, 4),)) for i in range(6)),))
     found = predict(plan, COST, num_pipeline_stages=3)
     assert found.step_seconds == (6 + 2) * 49
-    assert found.bound_seconds == pytest.approx(found.step_seconds)
+    assert found.bound_seconds == pytest.approx(found.step_seconds, rel=4e-3)
+    assert found.bound_seconds <= found.step_seconds
 
 
 @given(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
 from parallel.plan.packing import plan_packing
-from parallel.plan.predict import predict
+from parallel.plan.predict import micro_batch_seconds, predict
 from parallel.plan.records import StepPlan
 
 # About a 7B model's ratio of attention to the rest, and some cost for each micro-batch.
@@ -58,7 +58,7 @@ def test_micro_batches_of_a_rank_are_even_and_fall() -> None:
         cost_model=COST,
         num_micro_batches_multiple=4,
     )
-    seconds = [COST.micro_batch_seconds(batch) for batch in plan.micro_batches[0]]
+    seconds = list(micro_batch_seconds(plan, COST)[0])
     assert [batch.num_tokens for batch in plan.micro_batches[0]] == [6, 6, 6, 6]
     assert seconds == sorted(seconds, reverse=True)
 

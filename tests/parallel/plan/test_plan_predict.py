@@ -94,6 +94,23 @@ def test_sequences_with_the_same_ranks_share_their_hops() -> None:
     assert found.step_seconds == pytest.approx(work + ring)
 
 
+def test_what_travels_together_travels_alike() -> None:
+    # As `rings` says: heads are exchanged only if that is right for all of a ring.
+    one, two = _shared(0, [6, 6]), _shared(1, [4, 4])
+    together = tuple((MicroBatch((*a.pieces, *b.pieces)),) for a, b in zip(one, two, strict=True))
+    rings = predict(StepPlan((12, 8), 10, together), COST)
+    assert predict(StepPlan((12, 8), 10, together, ulysses=(0,)), COST) == rings
+    heads = predict(StepPlan((12, 8), 10, together, ulysses=(0, 1)), COST)
+    assert heads.bytes_sent == (RING.ulysses_bytes(10, 2),) * 2
+    # The same ranks in another order are another ring.
+    apart = tuple(
+        (MicroBatch((*a.pieces, *b.pieces)),) for a, b in zip(one, reversed(two), strict=True)
+    )
+    found = predict(StepPlan((12, 8), 10, apart, ulysses=(0,)), COST)
+    sent = RING.ulysses_bytes(6, 2) + RING.ring_bytes(4, 2)
+    assert found.bytes_sent == pytest.approx((sent, sent))
+
+
 def test_offloaded_tokens_leave_the_peak() -> None:
     plan = StepPlan((16,), 10, ((MicroBatch((Piece(0, 0, 16),), 0.5),),), offloadable=0.75)
     plan.check()

@@ -100,23 +100,6 @@ def test_interleaved_stages_wait_less(groups: int, num_stages: int, num_chunks: 
     assert simulation.step_seconds == pytest.approx(3 * (num + (num_stages - 1) / num_chunks))
 
 
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
-def test_sends_take_time(num_stages: int) -> None:
-    """One micro-batch goes there and back: P t and 2 (P - 1) sends."""
-    simulation = simulate(
-        make_plan([1], []),
-        seconds=three_seconds,
-        num_pipeline_stages=num_stages,
-        send_seconds=0.5,
-    )
-    assert simulation.step_seconds == 3 * num_stages + (num_stages - 1)
-
-
-def test_backward_takes_its_share() -> None:
-    simulation = simulate(make_plan([1], []), seconds=[[5.0]], backward_over_forward=4.0)
-    assert simulation.timelines[0].end_seconds.tolist() == [1.0, 5.0]
-
-
 # Deadlocks by hand.
 
 
@@ -236,14 +219,13 @@ class Layout:
     def seconds(self, rank: int, index: int) -> float:
         return 1.0 + (7 * rank + 3 * index) % 5
 
-    def simulate(self, send_seconds: float = 0.0) -> Simulation:
+    def simulate(self) -> Simulation:
         return simulate(
             self.plan,
             seconds=self.seconds,
             num_pipeline_stages=self.num_stages,
             num_model_chunks=self.num_chunks,
             expert_parallel_size=self.expert_size,
-            send_seconds=send_seconds,
         )
 
 
@@ -289,11 +271,11 @@ def random_layout(generator: random.Random, *, is_orderly: bool) -> Layout:
     return Layout(make_plan(counts, rings), num_stages, num_chunks, expert_size)
 
 
-@given(st.randoms(use_true_random=False), st.sampled_from([0.0, 0.25]))
-def test_orderly_plans_never_deadlock(generator: random.Random, send_seconds: float) -> None:
+@given(st.randoms(use_true_random=False))
+def test_orderly_plans_never_deadlock(generator: random.Random) -> None:
     layout = random_layout(generator, is_orderly=True)
     layout.check()
-    simulation = layout.simulate(send_seconds)
+    simulation = layout.simulate()
     busy = 0.0
     for timeline in simulation.timelines:
         starts, ends = timeline.start_seconds, timeline.end_seconds
@@ -325,19 +307,19 @@ def test_all_kinds_of_orderly_plans_are_tried() -> None:
     assert len(kinds) == 7
 
 
-@given(st.randoms(use_true_random=False), st.sampled_from([0.0, 0.25]))
-def test_any_plan_is_as_the_reference_says(generator: random.Random, send_seconds: float) -> None:
+@given(st.randoms(use_true_random=False))
+def test_any_plan_is_as_the_reference_says(generator: random.Random) -> None:
     """End of every operation by the formula, or deadlock in both; none where the rule holds."""
     layout = random_layout(generator, is_orderly=False)
     try:
-        expected = Reference(layout, send_seconds).all_ends()
+        expected = Reference(layout).all_ends()
     except RecursionError:
         with pytest.raises(PlanError, match="deadlock"):
-            layout.simulate(send_seconds)
+            layout.simulate()
         with pytest.raises(PlanError):
             layout.check()
         return
-    simulation = layout.simulate(send_seconds)
+    simulation = layout.simulate()
     for timeline, ends in zip(simulation.timelines, expected, strict=True):
         np.testing.assert_allclose(timeline.end_seconds, ends, rtol=1e-12)
     if layout.num_stages == layout.expert_size == 1:
@@ -365,9 +347,8 @@ def test_random_plans_deadlock_often_and_are_found() -> None:
 class Reference:
     """e_x by recursion over the formulas; an operation that needs itself is a deadlock."""
 
-    def __init__(self, layout: Layout, send_seconds: float) -> None:
+    def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.send_seconds = send_seconds
         self.lists: dict[tuple[int, int], tuple[Operation, ...]] = {
             (rank, stage): stage_operations(
                 len(batches),
@@ -406,8 +387,7 @@ class Reference:
         else:
             end = posted
             for other, place in self.partners(rank, operation):
-                end = max(end, self.posted(rank, other, place) + self.send_seconds)
-                end = max(end, posted + self.send_seconds)
+                end = max(end, self.posted(rank, other, place))
         self.ends[key] = end
         return end
 

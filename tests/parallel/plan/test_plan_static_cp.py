@@ -59,6 +59,8 @@ def test_short_sequences_are_not_cut() -> None:
 def test_refusals() -> None:
     with pytest.raises(PlanError, match=r"sequence 1 has 50 tokens, but 4 ranks.*hold 40"):
         plan_static_cp([3, 50], num_ranks=4, tokens_per_rank=10, cost_model=LINEAR)
+    with pytest.raises(PlanError, match="num_ranks is 0"):
+        plan_static_cp([1], num_ranks=0, tokens_per_rank=1, cost_model=LINEAR)
     with pytest.raises(PlanError, match="sequence 0 has 0 tokens"):
         plan_static_cp([0], num_ranks=4, tokens_per_rank=10, cost_model=LINEAR)
     for size in (3, 1):

@@ -1,0 +1,19 @@
+"""What all planners refuse: numbers below 1, and empty sequences."""
+
+from collections.abc import Sequence
+
+from parallel.errors import PlanError
+
+
+def check_numbers(**numbers: int) -> None:
+    """Raise PlanError for one below 1."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise PlanError(f"{name} is {value}; it must be at least 1")
+
+
+def check_not_empty(lengths: Sequence[int]) -> None:
+    """Raise PlanError for a sequence of no tokens."""
+    if lengths and min(lengths) < 1:
+        index = next(index for index, length in enumerate(lengths) if length < 1)
+        raise PlanError(f"sequence {index} has {lengths[index]} tokens; drop empty sequences first")
