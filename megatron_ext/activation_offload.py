@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_ext.batch import PackedDocuments
 from megatron_ext.model import unwrap
+from parallel.attention.record_tensors import tensors_in
 from parallel.offload.forward_pass import ForwardPass
 from parallel.offload.offload import Offload
 from parallel.offload.shuttle import OffloadCount, Shuttle
@@ -43,23 +44,16 @@ class ActivationOffload:
                 or config.pipeline_model_parallel_size,
             ),
         )
-        self._decoders = []
         first_layer = 0
         for chunk, decoder in enumerate(decoders):
-            self._decoders.append(
-                _WatchedDecoder(decoder, self._offload, self._num_started, chunk, first_layer)
-            )
+            # The decoder keeps it: it takes the place of the forward pass.
+            _WatchedDecoder(decoder, self._offload, self._num_started, chunk, first_layer)
             first_layer += len(decoder.layers)
 
     def end_step(self) -> OffloadCount:
         """Bytes that were moved in this step; call it after each step's last backward pass."""
         self._num_started.clear()
         return self._offload.end_step()
-
-    def remove(self) -> None:
-        """Put the decoders back as they were."""
-        for decoder in self._decoders:
-            decoder.remove()
 
 
 def install_offload(
@@ -114,15 +108,8 @@ class _WatchedDecoder:
         self._running: ForwardPass | None = None
         self._forward: Callable[..., Tensor] = decoder.forward
         decoder.forward = self._watched_forward
-        self._hooks = [
+        for index, layer in enumerate(decoder.layers, start=first_layer):
             layer.register_forward_pre_hook(self._layer_begins(index))
-            for index, layer in enumerate(decoder.layers, start=first_layer)
-        ]
-
-    def remove(self) -> None:
-        del self._decoder.forward
-        for hook in self._hooks:
-            hook.remove()
 
     def _layer_begins(self, index: int) -> Callable[..., None]:
         def begin(*_: object) -> None:
@@ -159,31 +146,12 @@ class _WatchedDecoder:
         """First dims of the layers' tensors that hold tokens.
 
         With sequence parallelism attention sees the whole row, and where ranks exchange heads all
-        tokens of a ring.
+        tokens of a ring and, apart, its own whole sequences.
         """
         config = self._decoder.config
         factor = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        rings = documents.rows.ulysses if documents.rows is not None else ()
-        return [
-            num_local_tokens,
-            num_local_tokens * factor,
-            *(ring.source.shape[0] for ring in rings),
-        ]
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in lists, dicts and dataclasses, however deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
-    elif isinstance(value, dict):
-        yield from _tensors_in_all(value.values())
-    elif isinstance(value, list | tuple | set | frozenset):
-        yield from _tensors_in_all(value)
-
-
-def _tensors_in_all(values: Iterable[object]) -> Iterator[Tensor]:
-    for value in values:
-        yield from tensors_in(value)
+        dims = [num_local_tokens, num_local_tokens * factor]
+        if documents.rows is not None and documents.rows.ulysses:
+            dims.append(documents.rows.num_whole)
+            dims += [ring.source.shape[0] for ring in documents.rows.ulysses]
+        return dims

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ext.batch import PackedDocuments
-from megatron_ext.norm import RMSNorm
+from megatron_ext.norm import ReorderedNorm
 from parallel.attention.packed import packed_attention
 from parallel.attention.rotary import apply_rotary
 
@@ -70,13 +70,5 @@ class PackedCoreAttention(nn.Module):
         return output.reshape(output.shape[0], -1)
 
 
-class ReorderedNormSelfAttention(SelfAttention):
+class ReorderedNormSelfAttention(ReorderedNorm, SelfAttention):
     """Self-attention whose output is normalised before the residual sum (OLMo 2, section 3.1)."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.output_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(*args, **kwargs)
-        return self.output_layernorm(output), bias

@@ -19,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parallel.attention.record_tensors import moved
 from parallel.attention.rotary import RotaryTable, rotary_table
 from parallel.attention.shared_rows import SharedRows, shared_rows
 from parallel.comm.exchange import Exchange
@@ -83,6 +84,8 @@ class HostBatch:
     positions: Tensor
     token_ids: Tensor
     layout: RowLayout
+    rows: SharedRows
+    """What sees what, with index tensors on the host."""
     num_unmasked_tokens: int
     """The first rows; what follows is padding."""
     head_dim: int
@@ -94,7 +97,7 @@ class HostBatch:
         exchange: needed where the row has pieces of shared sequences.
         """
         layout = self.layout
-        rows = shared_rows(layout, device=device)
+        rows = self.rows if device.type == "cpu" else moved(self.rows, device)
         positions = self.positions.to(device, non_blocking=True)
         documents = PackedDocuments(
             qkv_format="thd",
@@ -165,6 +168,7 @@ def pack(
         positions=host[2],
         token_ids=host[3],
         layout=layout,
+        rows=shared_rows(layout, device=host.device),
         num_unmasked_tokens=end,
         head_dim=head_dim,
         rotary_base=rotary_base,

@@ -39,8 +39,3 @@ def compression_rules(config: Config) -> Iterator[str]:
         yield f"moe.moe_lsh_layers names layers without experts: {without}; there are {possible}"
     if moe.moe_lsh_layers == []:
         yield "moe.moe_lsh_layers=[] compresses nothing; leave moe.moe_lsh_num_hashes out"
-    if moe.moe_token_dispatcher_type == "hierarchical":
-        yield (
-            "moe.moe_lsh_num_hashes sends centroids straight to their experts, not over "
-            "moe.moe_token_dispatcher_type=hierarchical; use auto or exact"
-        )

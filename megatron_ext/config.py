@@ -9,7 +9,7 @@ tokens, because tokens are the unit.
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -197,6 +197,10 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = False
     ddp_bucket_size: int | None = Field(None, ge=1)
     """Elements of a gradient bucket with overlap_grad_reduce; by default megatron's choice."""
+    grad_reduce_in_gaps: bool = False
+    """Buckets that are ready wait until the exchanges of an expert layer leave the links free, and
+    are as large as fits, if ddp_bucket_size does not say; with overlap_grad_reduce and
+    moe_num_chunks."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """selective recomputes the modules named below; full recomputes whole layers."""
     recompute_modules: list[RecomputeModule] = Field(default_factory=_core_attention)
@@ -227,6 +231,26 @@ class PrecisionConfig(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the device has it in hardware, else fp32."""
     grad_reduce_in_fp32: bool = True
+    recipe: Literal[
+        "bf16",
+        "fp8_tensorwise",
+        "fp8_blockwise",
+        "mxfp8",
+        "mxfp4",
+        "mxfp4_stochastic",
+        "nvfp4",
+        "quartet",
+        "quartet2",
+    ] = "bf16"
+    """Formats of the three matrix products of the linear layers in transformer layers; the rest,
+    weights, optimizer, embedding and output layer keep `dtype`. bf16: products of `dtype` too."""
+    operands: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Single fields of single operands that differ from the recipe's, e.g.
+    {dgrad_grad: {rounding: nearest}}; block_format null leaves an operand in `dtype`."""
+    keep_layers: list[int] | None = None
+    """Transformer layers, from 0, whose products keep `dtype`; null: what keep_last_share says."""
+    keep_last_share: float | None = Field(default=None, ge=0, le=1)
+    """Share of the layers, the last ones, rounded up; null: the recipe's own."""
 
 
 class CheckpointConfig(Section):

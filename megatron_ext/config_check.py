@@ -13,6 +13,7 @@ from megatron_ext.config import Config
 from megatron_ext.dispatcher_rules import dispatcher_rules
 from megatron_ext.errors import UserError
 from megatron_ext.moe_config import MoEConfig
+from megatron_ext.precision.chosen_recipe import recipe_rules
 from megatron_ext.router_rules import router_rules
 
 
@@ -32,6 +33,7 @@ def check_config(config: Config, *, world_size: int) -> Config:
         *_parallel_rules(config, world_size),
         *_moe_rules(config, world_size),
         *_schedule_rules(config),
+        *recipe_rules(config),
     ]
     if not problems:
         problems = list(_batch_rules(config, world_size))
@@ -216,6 +218,12 @@ def _balance_rules(config: Config) -> Iterator[str]:
         yield f"{names[1]}={weights} does nothing without {names[0]}, e.g. global_aux_loss"
     elif types != "none" and not weights:
         yield f"{names[0]}={types} does nothing with {names[1]}=0; try 0.01"
+    is_over_batch = "global_aux_loss" in (types if isinstance(types, list) else [types])
+    if moe.moe_router_inputs_on_host and not (is_over_batch or moe.moe_device_aux_loss_coeff):
+        yield (
+            "moe.moe_router_inputs_on_host=true does nothing without a loss over the global batch; "
+            f"leave it out, or set {names[0]}=global_aux_loss"
+        )
     assert moe.num_moe_experts is not None
     groups = config.num_balance_groups
     if moe.moe_device_aux_loss_num_groups is not None and not moe.moe_device_aux_loss_coeff:

@@ -58,9 +58,12 @@ def read_cost_profile(path: Path) -> CostProfile:
         if tree.pop("format_version") != FORMAT_VERSION:
             raise ValueError("another format version")
         communication = tree.pop("communication")
-        return CostProfile(
+        found = CostProfile(
             communication=RingCost(**communication) if communication else None, **tree
         )
+        # Refuses constants by which plans cannot be compared.
+        _ = found.cost_model
+        return found
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"parallel.cost_profile={path}: not a cost profile ({error}); "

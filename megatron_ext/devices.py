@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -88,7 +89,14 @@ def open_device(config: Config, device: torch.device) -> RunDevice:
     """Look at the device; on a CPU all ranks should call this together, for they share it."""
     info = device_info(device)
     dtype, reason = choose_dtype(config, info)
-    return RunDevice(device, info, dtype, reason, peak_or_measure(dtype, device=device))
+    peak = _measured_once(dtype, device, torch.get_num_threads())
+    return RunDevice(device, info, dtype, reason, peak)
+
+
+@cache
+def _measured_once(dtype: torch.dtype, device: torch.device, num_threads: int) -> Peak | None:
+    # A CPU's is measured for a fifth of a second; a process may open many runs.
+    return peak_or_measure(dtype, device=device)
 
 
 def peak_memory_bytes(device: RunDevice) -> int:

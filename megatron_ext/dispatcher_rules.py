@@ -29,9 +29,28 @@ def dispatcher_rules(config: Config) -> Iterator[str]:
             "parallel.expert_model_parallel_size to 2 or more, or the type to auto"
         )
     yield from _chunk_rules(config)
+    yield from _gap_rules(config)
     ranks_per_node = config.parallel.ranks_per_node or 1
     if kind == "hierarchical" and (problem := layout_problem(expert_size, ranks_per_node)):
         yield f"parallel.ranks_per_node={ranks_per_node}: {problem}"
+
+
+def _gap_rules(config: Config) -> Iterator[str]:
+    parallel, moe = config.parallel, config.moe
+    if not parallel.grad_reduce_in_gaps:
+        return
+    if not parallel.overlap_grad_reduce:
+        yield "parallel.grad_reduce_in_gaps=true needs parallel.overlap_grad_reduce=true"
+    if (moe.moe_num_backward_chunks or moe.moe_num_chunks) == 1:
+        yield (
+            "parallel.grad_reduce_in_gaps=true: there are gaps where tokens travel in chunks; set "
+            "moe.moe_num_chunks, e.g. to auto"
+        )
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        yield (
+            "parallel.grad_reduce_in_gaps=true: interleaved stages reduce a chunk at once; leave "
+            "parallel.virtual_pipeline_model_parallel_size out"
+        )
 
 
 def _chunk_rules(config: Config) -> Iterator[str]:
@@ -53,10 +72,4 @@ def _chunk_rules(config: Config) -> Iterator[str]:
         yield (
             f"{wanted}: deep_ep sends a micro-batch at once; use "
             "moe.moe_token_dispatcher_type=auto, exact or hierarchical"
-        )
-    num_layers_with_experts = sum(map(bool, config.moe_layers))
-    if config.lsh_layers and len(config.lsh_layers) == num_layers_with_experts:
-        yield (
-            f"{wanted} does nothing where moe.moe_lsh_num_hashes compresses every layer; leave "
-            "one of them out, or name fewer moe.moe_lsh_layers"
         )

@@ -35,6 +35,7 @@ from megatron_ext.model import unwrap
 from megatron_ext.moe_layer import MoEMLP
 from megatron_ext.moe_router import Router
 from moe.balance import device_excess, excess_load
+from moe.deferred_balance import GateInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class ExpertBalance:
             num_groups=self._num_groups,
             last_demand=router.last_demand,
             statistics=self._statistics[row],
+            inputs=GateInputs(on_host=router.moe.moe_router_inputs_on_host),
         )
 
     @property

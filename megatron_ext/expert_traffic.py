@@ -78,5 +78,5 @@ class ExpertTraffic:
                 self._hidden_size * mlp.experts.linear_fc1.element_size(),
             )
             for row, mlp in self._mlps.items()
-            if hasattr(mlp.dispatcher, "channels") and mlp.compressed_dispatcher is None
+            if hasattr(mlp.dispatcher, "channels") and mlp.compressed is None
         ]

@@ -36,6 +36,7 @@ class LayerBalance:
         num_groups: int,
         last_demand: Tensor,
         statistics: Tensor,
+        inputs: GateInputs,
     ) -> None:
         """
         Args:
@@ -44,10 +45,11 @@ class LayerBalance:
             last_demand: int64 [num_experts], choices of each expert in the step before; read in
                 each backward pass.
             statistics: float64 [3 * num_experts + 2], see `add`; zeroed by its owner.
+            inputs: keeps what the loss over the global batch needs.
         """
         self._coefficients, self._num_groups = coefficients, num_groups
         self._last_demand, self._statistics = last_demand, statistics
-        self.inputs = GateInputs()
+        self.inputs = inputs
 
     @property
     def is_deferred(self) -> bool:
@@ -102,7 +104,7 @@ class LayerBalance:
         first = documents.row_length // size * parallel_state.get_tensor_model_parallel_rank()
         return sequence_balance_loss(
             routing.probabilities,
-            routing.experts,
+            routing.wanted,
             documents.sequences[first : first + routing.num_tokens],
             num_sequences=len(documents.sequence_lengths) + 1,
         )

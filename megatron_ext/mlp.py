@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.norm import RMSNorm
+from megatron_ext.norm import ReorderedNorm
 from moe.swiglu import swiglu
 
 
@@ -24,13 +23,5 @@ class SwiGLUMLP(MLP):
         return self.linear_fc2(swiglu(gate_up))  # type: ignore[no-any-return]
 
 
-class ReorderedNormMLP(SwiGLUMLP):
+class ReorderedNormMLP(ReorderedNorm, SwiGLUMLP):
     """Feed-forward whose output is normalised before the residual sum (OLMo 2, section 3.1)."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.output_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(*args, **kwargs)
-        return self.output_layernorm(output), bias

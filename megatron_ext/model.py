@@ -17,7 +17,6 @@ from megatron.core.parallel_state import (
     is_pipeline_first_stage,
     is_pipeline_last_stage,
 )
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -39,12 +38,17 @@ from megatron_ext.attention import PackedCoreAttention, ReorderedNormSelfAttenti
 from megatron_ext.batch import round_up
 from megatron_ext.config import Config, ModelConfig
 from megatron_ext.errors import UserError
+from megatron_ext.gradient_gaps import HeldGradients
 from megatron_ext.mesh import Mesh
 from megatron_ext.mlp import ReorderedNormMLP, SwiGLUMLP
 from megatron_ext.moe_layer import MoEMLP, PackedTransformerLayer, ReorderedNormMoEMLP
 from megatron_ext.norm import RMSNorm
 from megatron_ext.output_layer import OutputLayer
 from megatron_ext.parameters import init_parameters
+from megatron_ext.precision.parallel_linear import (
+    PrecisionColumnParallelLinear,
+    PrecisionRowParallelLinear,
+)
 from moe.dispatch.hierarchical import NodeGroups
 
 
@@ -157,9 +161,9 @@ def layer_spec(
                 module=ReorderedNormSelfAttention if reordered else SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=PrecisionColumnParallelLinear,
                     core_attention=PackedCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=PrecisionRowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -176,7 +180,9 @@ def _feed_forward_spec(
     config: Config, *, has_experts: bool, node_groups: NodeGroups | None
 ) -> ModuleSpec:
     reordered = config.model.norm_position == "reordered"
-    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    submodules = MLPSubmodules(
+        linear_fc1=PrecisionColumnParallelLinear, linear_fc2=PrecisionRowParallelLinear
+    )
     if has_experts:
         return ModuleSpec(
             module=ReorderedNormMoEMLP if reordered else MoEMLP,
@@ -255,18 +261,31 @@ def _build_chunk(
     return chunk.to(torch.cuda.current_device())
 
 
-def wrap_data_parallel(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
-    """Gradient buffers and their reduction over the data-parallel ranks."""
+def wrap_data_parallel(
+    chunks: list[GPTModel], config: Config, *, gaps: HeldGradients | None = None
+) -> list[DistributedDataParallel]:
+    """Gradient buffers and their reduction over the data-parallel ranks.
+
+    Args:
+        gaps: what is to hold reductions back; buckets are as large as it has room for, where the
+            configuration does not say.
+    """
     parallel = config.parallel
+    bucket_size = parallel.ddp_bucket_size
+    if gaps is not None and bucket_size is None:
+        element_bytes = next(chunks[0].parameters()).element_size()
+        if config.precision.grad_reduce_in_fp32:
+            element_bytes = 4
+        bucket_size = gaps.room.bucket_size(element_bytes=element_bytes)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        bucket_size=parallel.ddp_bucket_size,
+        bucket_size=bucket_size,
         check_for_nan_in_grad=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=ddp_config,
@@ -276,6 +295,9 @@ def wrap_data_parallel(chunks: list[GPTModel], config: Config) -> list[Distribut
         )
         for index, chunk in enumerate(chunks)
     ]
+    if gaps is not None:
+        gaps.hold_back(wrapped)
+    return wrapped
 
 
 def unwrap(chunk: nn.Module) -> Any:

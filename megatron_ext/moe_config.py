@@ -61,7 +61,7 @@ class MoEConfig(Section):
     hierarchical where nodes of several ranks share experts, else exact."""
     moe_num_chunks: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     """Chunks in which a rank's tokens travel to their experts and home, while others are computed;
-    auto measures the network and the experts when a run starts. exact and hierarchical only."""
+    auto measures the network and the experts when a run starts. Not with deep_ep."""
     moe_num_backward_chunks: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     """The same for gradients; by default as `moe_num_chunks` says."""
     moe_router_load_balancing_type: BalanceType | list[BalanceType] = "none"
@@ -74,6 +74,9 @@ class MoEConfig(Section):
     """Weight of the same loss between groups of experts, over the global batch (DeepSeekMoE)."""
     moe_device_aux_loss_num_groups: int | None = Field(None, ge=1)
     """Groups of it; by default one for each expert-parallel rank."""
+    moe_router_inputs_on_host: bool = False
+    """Keep the routers' inputs of a step, which balance over the global batch needs at its end, in
+    host memory: tokens x hidden_size for each layer of a rank."""
     moe_lsh_num_hashes: int | None = Field(None, ge=1)
     """Similar tokens travel to an expert as one, in training: hash functions that must agree
     (LSH-MoE); more send more. Unset, every token travels."""

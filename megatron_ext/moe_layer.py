@@ -29,12 +29,11 @@ from megatron_ext.batch import PackedDocuments
 from megatron_ext.mlp import SwiGLUMLP
 from megatron_ext.moe_config import MoEConfig
 from megatron_ext.moe_router import Router
-from megatron_ext.norm import RMSNorm
+from megatron_ext.norm import ReorderedNorm
 from megatron_ext.token_dispatcher import choose_dispatcher
 from moe.dispatch.hierarchical import NodeGroups
-from moe.dispatch.protocol import Dispatcher
-from moe.experts import run_experts
-from moe.schedule.chunked import ChunkedExperts
+from moe.records import Routing
+from moe.schedule.serial import ExpertPath, SerialExperts
 
 
 class PackedTransformerLayer(TransformerLayer):
@@ -73,8 +72,9 @@ class Experts(nn.Module):
             ):
                 setattr(weight, name, value)
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        return run_experts(rows, counts, self.linear_fc1, self.linear_fc2)
+    def forward(self, tokens: Tensor, routing: Routing, path: ExpertPath) -> Tensor:
+        # A call of this module, whatever the path: megatron may have yet to gather its weights.
+        return path(tokens, routing, self.linear_fc1, self.linear_fc2)
 
     def sharded_state_dict(
         self,
@@ -128,10 +128,11 @@ class MoEMLP(MegatronModule):
             group=parallel_state.get_expert_model_parallel_group(),
             node_groups=node_groups,
         )
-        self.compressed_dispatcher: Dispatcher | None = None
-        """The one to use in training, if any; `expert_compression` puts it here."""
-        self.chunked_experts: ChunkedExperts | None = None
-        """Dispatch, experts and combine in overlapping chunks; `expert_schedule` puts it here."""
+        self.node_groups = node_groups
+        self.exact: ExpertPath = SerialExperts(self.dispatcher)
+        """Dispatch, experts and combine; in chunks if `expert_schedule` says so."""
+        self.compressed: ExpertPath | None = None
+        """The way to take in training, if another; `expert_compression` puts it here."""
 
     def forward(
         self, hidden_states: Tensor, padding_mask: PackedDocuments | None = None
@@ -143,13 +144,8 @@ class MoEMLP(MegatronModule):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         tokens = rows[: self._num_tokens(rows.shape[0], padding_mask)]
         routing = self.router(tokens, padding_mask)
-        compressed = self.compressed_dispatcher if self.training else None
-        if self.chunked_experts is not None and compressed is None:
-            weights = self.experts.linear_fc1, self.experts.linear_fc2
-            routed = self.chunked_experts(tokens, routing, *weights)
-        else:
-            trip = (compressed or self.dispatcher).dispatch(tokens, routing)
-            routed = trip.combine(self.experts(trip.rows, trip.counts))
+        compressed = self.compressed if self.training else None
+        routed = self.experts(tokens, routing, compressed or self.exact)
         num_padding = rows.shape[0] - tokens.shape[0]
         output = nn.functional.pad(routed, (0, 0, 0, num_padding)).view_as(hidden_states)
         if self.shared_experts is not None:
@@ -164,16 +160,8 @@ class MoEMLP(MegatronModule):
         return min(max(documents.rows.num_rows - first, 0), num_rows)
 
 
-class ReorderedNormMoEMLP(MoEMLP):
+class ReorderedNormMoEMLP(ReorderedNorm, MoEMLP):
     """Experts whose output is normalised before the residual sum (OLMo 2, section 3.1)."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.output_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(*args, **kwargs)
-        return self.output_layernorm(output), bias
 
 
 def _empty(config: TransformerConfig, *shape: int | None) -> Tensor:

@@ -84,3 +84,18 @@ class RMSNorm(nn.Module):
             # One fused kernel each way there.
             return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class ReorderedNorm(nn.Module):
+    """Comes before a part of a layer among the bases: normalises what that part gives.
+
+    So x + norm(f(x)) in place of x + f(norm(x)) (OLMo 2, section 3.1).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.output_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(*args, **kwargs)
+        return self.output_layernorm(output), bias

@@ -71,6 +71,11 @@ class ParameterShard:
         return torch.cat([half[i] for i in range(self.num_blocks) for half in halves], dim=self.dim)
 
 
+def axis_of(parameter: nn.Parameter) -> Axis:
+    """Over whose ranks a parameter is spread; megatron's mark on experts tells."""
+    return "tensor" if getattr(parameter, "allreduce", True) else "expert"
+
+
 def parameter_shards(chunks: Sequence[nn.Module]) -> Iterator[ParameterShard]:
     """Every parameter of this rank's model chunks, with shared ones once."""
     for chunk in chunks:
@@ -94,7 +99,7 @@ def parameter_shards(chunks: Sequence[nn.Module]) -> Iterator[ParameterShard]:
                     else None
                 ),
                 num_blocks=2 if name.endswith("linear_fc1.weight") else 1,
-                axis="tensor" if getattr(parameter, "allreduce", True) else "expert",
+                axis=axis_of(parameter),
             )
 
 

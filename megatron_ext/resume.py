@@ -23,6 +23,7 @@ _MAY_CHANGE = (
     "moe_aux_loss_coeff",
     "moe_device_aux_loss_coeff",
     "moe_device_aux_loss_num_groups",
+    "moe_router_inputs_on_host",
     "moe_lsh_num_hashes",
     "moe_lsh_hash_dim",
     "moe_lsh_layers",

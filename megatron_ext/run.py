@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -21,6 +23,7 @@ from megatron_ext.expert_balance import ExpertBalance
 from megatron_ext.expert_compression import ExpertCompression
 from megatron_ext.expert_schedule import schedule_experts
 from megatron_ext.expert_traffic import ExpertTraffic
+from megatron_ext.held_out import HeldOut, plan_held_out
 from megatron_ext.mesh import Mesh, start_mesh, stop_mesh
 from megatron_ext.model import (
     build_model,
@@ -29,6 +32,8 @@ from megatron_ext.model import (
 )
 from megatron_ext.model_shape import model_shape
 from megatron_ext.optimizer import build_optimizer
+from megatron_ext.precision.chosen_recipe import chosen_recipe
+from megatron_ext.precision.install import LowPrecision, install_low_precision
 from megatron_ext.run_costs import RunCosts, run_costs
 from megatron_ext.step import connect_gradients
 from megatron_ext.step_loader import StepLoader
@@ -57,6 +62,7 @@ class Run:
     traffic: ExpertTraffic | None
     """Where ranks share the experts."""
     compression: ExpertCompression | None
+    low_precision: LowPrecision | None
     console: TrainConsole
     step: int = 0
     skipped_steps: int = 0
@@ -74,6 +80,17 @@ class Run:
             layout=self.layout,
             optimizer=self.config.optim.optimizer,
             has_main_parameters=self.device.dtype != torch.float32,
+        )
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """What validation runs; all ranks ask for it together."""
+        return plan_held_out(
+            self.data,
+            self.config,
+            num_data_ranks=self.mesh.data_size,
+            costs=self.costs,
+            device=self.device.device,
         )
 
     @property
@@ -102,20 +119,27 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
     try:
         data = TrainingData(config, open_corpora(config))
         vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
-        chunks = wrap_data_parallel(
-            build_model(
-                config,
-                mesh=mesh,
-                vocab_size=vocab_size,
-                dtype=device.dtype,
-                is_cuda=device.is_cuda,
-            ),
-            config,
+        console = TrainConsole(
+            train_iters=config.train.train_iters,
+            log_interval=config.log.log_interval,
+            enabled=mesh.is_first_rank,
         )
+        model = build_model(
+            config,
+            mesh=mesh,
+            vocab_size=vocab_size,
+            dtype=device.dtype,
+            is_cuda=device.is_cuda,
+        )
+        low_precision = install_low_precision(
+            model, config, chosen_recipe(config), rank=dist.get_rank()
+        )
+        compression = ExpertCompression(model, config) if config.lsh_layers else None
+        gaps = schedule_experts(model, config, compression=compression, say=console.say)
+        chunks = wrap_data_parallel(model, config, gaps=gaps)
         optimizer = build_optimizer(chunks, config, dtype=device.dtype)
         connect_gradients(chunks)
         balance = ExpertBalance(chunks, config) if any(config.moe_layers) else None
-        compression = ExpertCompression(chunks, config) if config.lsh_layers else None
         offload = None
         if config.parallel.offload_activations:
             offload = install_offload(chunks, device=device.device)
@@ -123,12 +147,6 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
         costs = run_costs(config, shape, device)
         reader = BatchReader.for_model(config, mesh=mesh, device=device.device)
         loader = StepLoader(data, reader, config, costs=costs, is_ahead=config.data.prefetch)
-        console = TrainConsole(
-            train_iters=config.train.train_iters,
-            log_interval=config.log.log_interval,
-            enabled=mesh.is_first_rank,
-        )
-        schedule_experts(chunks, config, say=console.say)
         yield Run(
             config=config,
             run_dir=run_dir,
@@ -145,6 +163,7 @@ def open_run(config: Config, device: RunDevice, run_dir: Path) -> Iterator[Run]:
             balance=balance,
             traffic=ExpertTraffic(chunks, config) if mesh.expert_size > 1 else None,
             compression=compression,
+            low_precision=low_precision,
             console=console,
         )
     finally:

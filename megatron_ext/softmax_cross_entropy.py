@@ -14,7 +14,6 @@ cross entropy, arXiv 2502.21231, figure 16).
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +22,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel.device import has_triton
 
 Kernel = Literal["torch", "triton"]
 
@@ -63,7 +64,7 @@ def choose_kernel(device_type: str) -> Kernel:
     kernel: Kernel = "torch"
     reason = ""
     if device_type == "cuda":
-        if importlib.util.find_spec("triton"):
+        if has_triton():
             kernel = "triton"
         else:
             reason = " (triton is not installed)"

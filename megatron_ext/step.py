@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import tee
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_ext.activation_offload import ActivationOffload
 from megatron_ext.batch import HostBatch, PackedBatch
 from megatron_ext.linear_cross_entropy import linear_cross_entropy
 from megatron_ext.model import output_weight, unwrap
@@ -24,13 +25,18 @@ from megatron_ext.training_data import BatchReader
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLoss:
-    """Sums over the whole global batch."""
+class StepSums:
+    """Sums over the whole global batch and all ranks."""
 
     loss_sum: float
     """With z-loss: what is minimised."""
     cross_entropy_sum: float
     num_tokens: int
+    num_rows: int
+    """Tokens of all micro-batches with their padding."""
+    bytes_sent: int
+    """Between ranks that share sequences."""
+    offloaded_bytes: int
 
     @property
     def mean(self) -> float:
@@ -62,13 +68,15 @@ def run_micro_batches(
     reader: BatchReader,
     z_loss_coeff: float = 0.0,
     forward_only: bool = False,
-) -> TokenLoss:
+    offload: ActivationOffload | None = None,
+) -> StepSums:
     """Forward (and backward) of this rank's micro-batches, and the sums over all ranks.
 
     Args:
         chunks: model chunks of this rank, wrapped for data parallelism when training.
         batches: this rank's micro-batches, at least one. Ranks of one model replica pass the same.
         reader: puts a micro-batch on the device when its turn comes.
+        offload: what was installed around the chunks; its step ends here.
     """
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
@@ -83,8 +91,11 @@ def run_micro_batches(
             hidden, output_weight(chunk), batch, reader, z_loss_coeff
         )
 
+    sent_before = reader.exchange.traffic.num_bytes_sent
     reports = _run_schedule(chunks, batches, forward_step, reader, forward_only=forward_only)
-    return _sum_over_ranks(reports, batches, reader)
+    bytes_sent = reader.exchange.traffic.num_bytes_sent - sent_before
+    offloaded_bytes = offload.end_step().offloaded_bytes if offload is not None else 0
+    return _sum_over_ranks(reports, batches, reader, moved=(bytes_sent, offloaded_bytes))
 
 
 def run_logits(
@@ -133,8 +144,7 @@ def _run_schedule(
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
-    # The chunks of a rank share each micro-batch's tensors.
-    iterators = tee(map(reader.to_device, batches), len(chunks))
+    iterators = iterators_of_chunks(batches, reader, num_chunks=len(chunks))
     # Routers count the tokens of passes with a gradient.
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(  # type: ignore[no-any-return]
@@ -148,6 +158,26 @@ def _run_schedule(
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
         )
+
+
+def iterators_of_chunks(
+    batches: Sequence[HostBatch], reader: BatchReader, *, num_chunks: int
+) -> list[Iterator[PackedBatch]]:
+    """For each model chunk of this rank the micro-batches on the device, as their turns come.
+
+    The chunks share a micro-batch's tensors, which are given up when the last of them has taken it:
+    angles alone are a kilobyte a token, so those of a whole step would fill a device.
+    """
+    on_device: dict[int, PackedBatch] = {}
+
+    def take(chunk: int, index: int) -> PackedBatch:
+        # The schedule runs a micro-batch through the chunks in their order.
+        packed = reader.to_device(batches[index]) if chunk == 0 else on_device.pop(index)
+        if chunk + 1 < num_chunks:
+            on_device[index] = packed
+        return packed
+
+    return [map(partial(take, chunk), range(len(batches))) for chunk in range(num_chunks)]
 
 
 def _micro_batch_loss(
@@ -173,16 +203,26 @@ def _micro_batch_loss(
 
 
 def _sum_over_ranks(
-    reports: list[Tensor], batches: Sequence[HostBatch], reader: BatchReader
-) -> TokenLoss:
+    reports: list[Tensor],
+    batches: Sequence[HostBatch],
+    reader: BatchReader,
+    *,
+    moved: tuple[int, int],
+) -> StepSums:
+    """One reduction for all figures of a step.
+
+    moved: bytes that this rank has sent and offloaded.
+    """
     mesh = reader.mesh
-    sums = torch.zeros(3, dtype=torch.float64, device=reader.device)
-    if mesh.is_last_stage:
-        for report, batch in zip(reports, batches, strict=True):
+    sums = torch.zeros(6, dtype=torch.float64, device=reader.device)
+    # Tensor-parallel ranks hold equal sums, and other stages the same micro-batches: one speaks.
+    if mesh.is_last_stage and mesh.tensor_rank == 0:
+        for report in reports:
             sums[:2] += report
-            sums[2] += batch.num_unmasked_tokens
-    # Tensor-parallel ranks hold equal sums; the other stages add nothing.
-    dist.all_reduce(sums, group=mesh.data_group)
-    dist.all_reduce(sums, group=mesh.pipeline_group)
-    loss_sum, cross_entropy_sum, num_tokens = sums.tolist()
-    return TokenLoss(loss_sum, cross_entropy_sum, round(num_tokens))
+        sums[2] = sum(batch.num_unmasked_tokens for batch in batches)
+        sums[3] = sum(len(batch.tokens) for batch in batches)
+    sums[4], sums[5] = moved
+    dist.all_reduce(sums)
+    loss_sum, cross_entropy_sum, *counts = sums.tolist()
+    num_tokens, num_rows, bytes_sent, offloaded_bytes = map(round, counts)
+    return StepSums(loss_sum, cross_entropy_sum, num_tokens, num_rows, bytes_sent, offloaded_bytes)

@@ -8,6 +8,7 @@ behind the last step that was *taken*.
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class PreparedStep:
 
     plan: StepPlan
     digest: str
+    """Of the plan and the corpora, for `agree_on_plan`."""
     efficiency: float
     """How close the plan is to the best that any could do, by the cost model."""
     batches: list[HostBatch]
@@ -90,7 +92,7 @@ class StepLoader:
         plan = plan_step(lengths, config, num_data_ranks=mesh.data_size, costs=self._costs)
         return PreparedStep(
             plan=plan,
-            digest=plan.digest(),
+            digest=_digest(plan, self._data),
             efficiency=predict(
                 plan,
                 self._costs.cost_model,
@@ -100,3 +102,8 @@ class StepLoader:
             batches=self._reader.read(plan, refs, self._data.train),
             cursor=cursor,
         )
+
+
+def _digest(plan: StepPlan, data: TrainingData) -> str:
+    # Other texts of the same lengths make the same plan.
+    return hashlib.sha256(f"{plan.digest()} {data.fingerprint}".encode()).hexdigest()

@@ -22,6 +22,7 @@ from moe.dispatch.deepep import DeepEPDispatcher, has_deep_ep
 from moe.dispatch.exact import ExactDispatcher
 from moe.dispatch.hierarchical import HierarchicalDispatcher, NodeGroups, make_node_groups
 from moe.dispatch.local import LocalDispatcher
+from moe.dispatch.payload import Wire
 from moe.dispatch.protocol import Dispatcher
 
 
@@ -47,9 +48,16 @@ def choose_dispatcher(
                 "use auto, exact or hierarchical"
             )
         return DeepEPDispatcher(group)
+    return legged_dispatcher(group, node_groups, wire=Wire())
+
+
+def legged_dispatcher(
+    group: dist.ProcessGroup, node_groups: NodeGroups | None, *, wire: Wire
+) -> ExactDispatcher | HierarchicalDispatcher:
+    """One whose trips are legs, which can be cut into chunks and written in 8 bits."""
     if node_groups is not None:
-        return HierarchicalDispatcher(node_groups)
-    return ExactDispatcher(group)
+        return HierarchicalDispatcher(node_groups, wire=wire)
+    return ExactDispatcher(group, wire=wire)
 
 
 def expert_node_groups(config: Config, group: dist.ProcessGroup) -> NodeGroups | None:

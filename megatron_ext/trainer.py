@@ -32,7 +32,7 @@ from megatron_ext.plots import plot_loss
 from megatron_ext.resume import resume
 from megatron_ext.run import Run
 from megatron_ext.sample import sample
-from megatron_ext.step import TokenLoss, gather_parameters, run_micro_batches
+from megatron_ext.step import StepSums, gather_parameters, run_micro_batches
 from megatron_ext.stop import StopRequest
 from megatron_ext.summary import summary
 from megatron_ext.validation import validate
@@ -107,34 +107,36 @@ def train_step(run: Run) -> Record:
         # Gathering inside the first forward waits for all ranks, and one of them may first have to
         # meet another in its second micro-batch.
         gather_parameters(run.chunks)
-    sent_before = run.reader.exchange.traffic.num_bytes_sent
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     if run.balance is not None:
         run.balance.begin_step(run.step)
+    if run.low_precision is not None:
+        run.low_precision.begin_step(run.step)
     if run.compression is not None:
         run.compression.begin_step(run.step)
     if run.traffic is not None:
         run.traffic.begin_step()
-    loss = run_micro_batches(
+    sums = run_micro_batches(
         run.chunks,
         prepared.batches,
         reader=run.reader,
         z_loss_coeff=config.model.z_loss_coeff,
+        offload=run.offload,
     )
     rate = learning_rate(run.step, config.optim, train_iters=config.train.train_iters)
     set_learning_rate(run.optimizer, rate, weight_decay=config.optim.weight_decay)
-    grad_norm, is_updated = _update(run, loss)
+    grad_norm, is_updated = _update(run, sums)
     run.step += 1
-    run.tokens += loss.num_tokens
+    run.tokens += sums.num_tokens
     run.skipped_steps += int(not is_updated)
     run.device.synchronize()
-    record = _record(run, loss, plan.lengths, rate, grad_norm, time.perf_counter() - began)
-    record |= plan_metrics(run, prepared, sent_before=sent_before)
+    record = _record(run, sums, plan.lengths, rate, grad_norm, time.perf_counter() - began)
+    record |= plan_metrics(prepared, sums)
     if run.balance is not None:
         record |= expert_metrics(run.balance.step.counts, run.balance.step.demand)
-        record |= run.balance.losses(loss.num_tokens)
+        record |= run.balance.losses(sums.num_tokens)
         if run.traffic is not None:
             record |= run.traffic.metrics(run.balance.step.rank_counts)
     if run.compression is not None:
@@ -142,9 +144,9 @@ def train_step(run: Run) -> Record:
     return record
 
 
-def _update(run: Run, loss: TokenLoss) -> tuple[float, bool]:
+def _update(run: Run, sums: StepSums) -> tuple[float, bool]:
     """Apply the gradients if they and the loss are finite; all ranks decide alike."""
-    if math.isfinite(loss.loss_sum):
+    if math.isfinite(sums.loss_sum):
         grad_norm, is_updated = clip_and_step(run.optimizer, clip_grad=run.config.optim.clip_grad)
     else:
         grad_norm, is_updated = math.nan, False
@@ -154,7 +156,7 @@ def _update(run: Run, loss: TokenLoss) -> tuple[float, bool]:
     train = run.config.train
     if not is_updated and train.nonfinite == "stop":
         raise NonFiniteError(
-            f"step {run.step + 1}: loss {loss.mean}, gradient norm {grad_norm}: not finite, so "
+            f"step {run.step + 1}: loss {sums.mean}, gradient norm {grad_norm}: not finite, so "
             "nothing was applied or saved; lower optim.lr, raise optim.lr_warmup_iters, or set "
             "train.nonfinite=skip"
         )
@@ -168,7 +170,7 @@ def _update(run: Run, loss: TokenLoss) -> tuple[float, bool]:
 
 def _record(
     run: Run,
-    loss: TokenLoss,
+    sums: StepSums,
     lengths: Sequence[int],
     rate: float,
     grad_norm: float,
@@ -177,13 +179,13 @@ def _record(
     flops_per_device = model_flops(run.shape, lengths=lengths) / seconds / run.mesh.world_size
     return {
         "step": run.step,
-        "loss": loss.mean,
+        "loss": sums.mean,
         "learning_rate": rate,
         "grad_norm": grad_norm,
-        "tokens": loss.num_tokens,
+        "tokens": sums.num_tokens,
         "total_tokens": run.tokens,
         "step_seconds": seconds,
-        "tokens_per_second": loss.num_tokens / seconds,
+        "tokens_per_second": sums.num_tokens / seconds,
         "model_tflops": flops_per_device / 1e12,
         "mfu": flops_per_device / run.device.peak_flops,
         "skipped_steps": run.skipped_steps,

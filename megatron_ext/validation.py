@@ -15,54 +15,33 @@ import torch
 
 from megatron_ext.expert_domains import DomainCounts, report_domains
 from megatron_ext.metrics import Record
-from megatron_ext.plan_agreement import agree_on_plan
-from megatron_ext.planners import plan_step
 from megatron_ext.run import Run
-from megatron_ext.step import run_micro_batches
-from megatron_ext.training_data import validation_groups
-
-# Held-out sequences are run in steps of this many micro-batches per rank.
-_MICRO_BATCHES_PER_STEP = 16
-# The held-out documents stay the same when train.seed changes, so that runs can be compared.
-_ORDER_SEED = 0
+from megatron_ext.step import gather_parameters, run_micro_batches
 
 
 @torch.no_grad()
 def validate(run: Run) -> Record:
     """Loss and bits per byte of the held-out documents; every rank calls this."""
-    refs, lengths, num_bytes = run.data.validation_documents(
-        run.config.train.eval_tokens, seed=_ORDER_SEED
-    )
-    if not refs:
+    if not run.held_out.steps:
         # A corpus too small to hold anything out, or prepared with --validation-fraction 0.
         return {}
+    # Not inside the first forward, which may have to meet another rank's second (see `train_step`).
+    gather_parameters(run.chunks)
     for chunk in run.chunks:
         chunk.eval()
     counts = DomainCounts(run) if run.config.moe.num_moe_experts else None
     total = 0.0
     num_tokens = 0
-    tokens_per_group = (
-        _MICRO_BATCHES_PER_STEP * run.config.data.micro_batch_tokens * run.mesh.data_size
-    )
-    for group_refs, group_lengths in validation_groups(
-        refs, lengths, tokens_per_group=tokens_per_group
-    ):
-        plan = plan_step(
-            group_lengths,
-            run.config,
-            num_data_ranks=run.mesh.data_size,
-            costs=run.costs,
-        )
-        agree_on_plan(plan.digest(), device=run.device.device)
-        batches = run.reader.read(plan, group_refs, run.data.validation)
-        with counts.watch(batches, group_refs) if counts else nullcontext():
-            loss = run_micro_batches(run.chunks, batches, reader=run.reader, forward_only=True)
-        total += loss.cross_entropy_sum
-        num_tokens += loss.num_tokens
+    for plan, refs in run.held_out.steps:
+        batches = run.reader.read(plan, refs, run.data.validation)
+        with counts.watch(batches, refs) if counts else nullcontext():
+            sums = run_micro_batches(run.chunks, batches, reader=run.reader, forward_only=True)
+        total += sums.cross_entropy_sum
+        num_tokens += sums.num_tokens
     for chunk in run.chunks:
         chunk.train()
     record: Record = {
         "validation_loss": total / num_tokens,
-        "validation_bits_per_byte": total / (math.log(2.0) * max(1, num_bytes)),
+        "validation_bits_per_byte": total / (math.log(2.0) * max(1, run.held_out.num_bytes)),
     }
     return record | report_domains(run, counts) if counts else record

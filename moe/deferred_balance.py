@@ -2,9 +2,9 @@
 
     L = sum_t sum_i w_i p_ti        p_t = gate(x_t; W),   w from the counts of all tokens
 
-While the batch runs, the inputs x_t of the gate are kept as they are (they are not copied, and stay
-in the model's dtype). When w is known the gate is run on them again, part by part, for dL/dW alone;
-W must not have changed in between. The cut into parts changes nothing but the order of a sum.
+While the batch runs, the inputs x_t of the gate are kept as they are (they are not copied, unless
+to the host's memory, and stay in the model's dtype). When w is known the gate is run on them again,
+part by part, for dL/dW alone; W must not have changed in between. The cut into parts changes nothing but the order of a sum.
 
 In the hidden states x the loss has a gradient too, and that is wanted while backward runs, before w
 is there. `push_back` adds it for given weights, for instance those of the batch before.
@@ -28,16 +28,20 @@ class GateInputs:
     """What one gate was given in the course of a batch.
 
     Memory: num_tokens * hidden_size * bytes per element, over all tokens of this rank in the batch
-    (not only those of the micro-batches in flight).
+    (not only those of the micro-batches in flight). With `on_host` that is memory of the host, and
+    each input crosses the link to it twice, in the order of the device's other work.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_host: bool = False) -> None:
+        self.is_on_host = on_host
         self._parts: list[Tensor] = []
 
     def add(self, tokens: Tensor) -> None:
-        """Keep [num_tokens, hidden_size]; without its history, and without a copy."""
+        """Keep [num_tokens, hidden_size]; without its history, and without a copy on its device."""
         if tokens.shape[0]:
-            self._parts.append(tokens.detach())
+            part = tokens.detach()
+            # Into pinned memory, so that the host does not wait.
+            self._parts.append(part.to("cpu", non_blocking=True) if self.is_on_host else part)
 
     def clear(self) -> None:
         self._parts.clear()
@@ -55,8 +59,9 @@ class GateInputs:
         """
         total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         for part in self._parts:
+            tokens = part.to(excess.device, non_blocking=True)
             with torch.enable_grad():
-                loss = balance_loss(gate(part), excess)
+                loss = balance_loss(gate(tokens), excess)
             found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
             for sum_so_far, gradient in zip(total, found, strict=True):
                 if gradient is not None:

@@ -159,19 +159,3 @@ def unpermute(rows: Tensor, weights: Tensor, permutation: Permutation) -> Tensor
         [num_tokens, hidden_size] in the dtype of `rows`.
     """
     return _Unpermute.apply(rows, weights, permutation)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Reorder(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
-        ctx.places = places
-        return _gather(rows, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad_rows, ctx.places), None, None
-
-
-def reorder(rows: Tensor, *, order: Tensor, places: Tensor) -> Tensor:
-    """rows[order], where `places` is the inverse of `order`; the gradient is a gather again."""
-    return _Reorder.apply(rows, order, places)  # type: ignore[no-any-return, no-untyped-call]

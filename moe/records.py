@@ -26,6 +26,8 @@ class Routing:
         counts: int64 [num_experts], how many of these tokens go to each expert.
         dropped: int64 [num_experts], how many more had chosen it and were refused; None where no
             choice can lead nowhere. So the host knows that without asking a GPU.
+        unlimited: int64 [num_tokens, topk], `experts` before any was refused; None where no expert
+            has a limit.
     """
 
     experts: Tensor
@@ -33,6 +35,7 @@ class Routing:
     probabilities: Tensor
     counts: Tensor
     dropped: Tensor | None = None
+    unlimited: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +58,11 @@ class Routing:
     def demand(self) -> Tensor:
         """int64 [num_experts], how many tokens chose each expert, refused or not."""
         return self.counts if self.dropped is None else self.counts + self.dropped
+
+    @property
+    def wanted(self) -> Tensor:
+        """int64 [num_tokens, topk], the experts that each token chose, refused or not."""
+        return self.experts if self.unlimited is None else self.unlimited
 
     def num_rows(self) -> int:
         """Choices that lead somewhere; the host waits for a GPU if `has_nowhere`."""

@@ -167,6 +167,7 @@ def _limited(routing: Routing, options: RouterOptions, keys: Tensor | None) -> R
         probabilities=routing.probabilities,
         counts=counts,
         dropped=routing.counts - counts,
+        unlimited=routing.experts,
     )
 
 

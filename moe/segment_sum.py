@@ -10,12 +10,11 @@ copies together again.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from parallel.device import has_triton
 
 
 def segment_sum(
@@ -55,9 +54,4 @@ def segment_sum(
 
 def runs_triton(rows: Tensor) -> bool:
     """Whether Triton's kernels take these rows: on a GPU, and added up in float32."""
-    return rows.is_cuda and rows.dtype != torch.float64 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return rows.is_cuda and rows.dtype != torch.float64 and has_triton()

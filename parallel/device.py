@@ -12,6 +12,7 @@ import platform
 import time
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -114,6 +115,12 @@ def cpu_has_bf16_hardware() -> bool:
         if line.startswith(("flags", "Features")):
             return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(line.split())
     return False
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed, without importing it; kernels of CUDA and ROCm ask."""
+    return find_spec("triton") is not None
 
 
 def _has_accelerator() -> bool:

@@ -11,6 +11,9 @@ import pytest
 
 from tests.rank_pool import Ranks
 
+# Threads that wait for work would else spin, and take the core from the rank that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # A loaded machine makes single examples slow; that is no failure.
 hypothesis.settings.register_profile("megatron-ext", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("megatron-ext")

@@ -174,6 +174,7 @@ def test_rank_variables_are_read_in_one_file() -> None:
 
 def test_tests_have_unique_names_and_are_no_packages() -> None:
     counts = Counter(module.path.name for module in TESTS.values())
+    del counts["conftest.py"]
     assert [name for name, count in counts.items() if count > 1] == []
     assert not list((ROOT / "tests").rglob("__init__.py"))
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from megatron_ext.mesh import Mesh, Ranks
 from megatron_ext.model import unwrap
 from megatron_ext.optimizer import STATE_NAMES, main_parameter
+from megatron_ext.parameters import axis_of
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -58,9 +59,7 @@ def _parts_and_parameters(
         for parameter in chunk.parameters():
             if id(parameter) in sharding:
                 # megatron chains one optimizer, and a second for the experts where there are any.
-                part = optimizer.chained_optimizers[
-                    0 if getattr(parameter, "allreduce", True) else 1
-                ]
+                part = optimizer.chained_optimizers[axis_of(parameter) == "expert"]
                 yield part, parameter, sharding[id(parameter)]
 
 
@@ -70,7 +69,7 @@ def optimizer_state_to_save(
     """Whole optimizer tensors of the parameters that this data-parallel rank writes."""
     state: dict[str, Sharded] = {}
     for index, (part, parameter, sharding) in enumerate(_parts_and_parameters(chunks, optimizer)):
-        replicas = mesh.replicas("tensor" if getattr(parameter, "allreduce", True) else "expert")
+        replicas = mesh.replicas(axis_of(parameter))
         writer = index % replicas.size
         for name in ("param", *STATE_NAMES[rule]):
             if name == "param" and not _has_own_main(part, parameter):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.dispatch.exact import share_evenly
+from moe.dispatch.hooks import Hooks
 from moe.dispatch.route import Choices, end_route
 from moe.dispatch.trip import RouteTrip
 from moe.permutation import permute, unpermute
@@ -73,6 +74,7 @@ class DeepEPTrip:
 
     def combine(self, outputs: Tensor) -> Tensor:
         answers = unpermute(outputs, self.trip.weights, self.trip.route.permutation)
+        answers = self.trip.hooks.before_combine(answers)
         return _Home.apply(answers, self.buffer, self.handle)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -82,7 +84,7 @@ class DeepEPDispatcher:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> DeepEPTrip:
+    def dispatch(self, tokens: Tensor, routing: Routing, hooks: Hooks) -> DeepEPTrip:
         """Every rank of the group calls this together, also with no tokens.
 
         Raises:
@@ -109,7 +111,8 @@ class DeepEPDispatcher:
         assert len(counts) == num_local
         if route.columns is not None:
             weights = weights.gather(1, route.columns)
-        trip = RouteTrip(rows=permute(rows, route.permutation), weights=weights, route=route)
+        arrived = permute(hooks.after_dispatch(rows), route.permutation)
+        trip = RouteTrip(rows=arrived, weights=weights, route=route, hooks=hooks)
         return DeepEPTrip(trip, buffer, found["handle"])
 
 

@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.dispatch.channel import Channel
+from moe.dispatch.hooks import Hooks
 from moe.dispatch.leg import make_leg
+from moe.dispatch.payload import Wire
 from moe.dispatch.route import Choices, Route, end_route, wanted_by
 from moe.dispatch.trip import RouteTrip, travel
 from moe.records import Routing
@@ -34,22 +36,23 @@ class ExactDispatcher:
         channel: the group, and what was sent over it.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.channel = Channel(group)
+    def __init__(self, group: dist.ProcessGroup, *, wire: Wire | None = None) -> None:
+        """wire: how rows are written; by default as they are."""
+        self.channel = Channel(group, wire or Wire())
 
     @property
     def channels(self) -> tuple[Channel, ...]:
         """One for each leg of a route, in their order."""
         return (self.channel,)
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> RouteTrip:
+    def dispatch(self, tokens: Tensor, routing: Routing, hooks: Hooks) -> RouteTrip:
         """Every rank of the group calls this together, also with no tokens.
 
         Raises:
             ValueError: the experts cannot be shared evenly.
         """
         (route,) = self.make_routes([routing])
-        return travel(tokens, routing.weights, route)
+        return travel(tokens, routing.weights, route, hooks)
 
     def make_routes(self, routings: Sequence[Routing]) -> list[Route]:
         """One for each chunk of tokens, with one exchange of counts and one wait for all.

@@ -26,7 +26,9 @@ from torch import Tensor
 
 from moe.dispatch.channel import Channel
 from moe.dispatch.exact import host_numbers, share_evenly
+from moe.dispatch.hooks import Hooks
 from moe.dispatch.leg import make_leg
+from moe.dispatch.payload import Wire
 from moe.dispatch.route import Choices, Route, end_route, wanted_by
 from moe.dispatch.trip import RouteTrip, travel
 from moe.records import Routing
@@ -91,25 +93,27 @@ class HierarchicalDispatcher:
         across, inside: for rows, and the numbers that go with them.
     """
 
-    def __init__(self, groups: NodeGroups) -> None:
+    def __init__(self, groups: NodeGroups, *, wire: Wire | None = None) -> None:
+        """wire: how rows are written, on both legs; by default as they are."""
+        wire = wire or Wire()
         self.groups = groups
         self.whole = Channel(groups.whole)
-        self.across = Channel(groups.across)
-        self.inside = Channel(groups.inside)
+        self.across = Channel(groups.across, wire)
+        self.inside = Channel(groups.inside, wire)
 
     @property
     def channels(self) -> tuple[Channel, ...]:
         """One for each leg of a route, in their order."""
         return (self.across, self.inside)
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> RouteTrip:
+    def dispatch(self, tokens: Tensor, routing: Routing, hooks: Hooks) -> RouteTrip:
         """Every rank of the group calls this together, also with no tokens.
 
         Raises:
             ValueError: the experts cannot be shared evenly.
         """
         (route,) = self.make_routes([routing])
-        return travel(tokens, routing.weights, route)
+        return travel(tokens, routing.weights, route, hooks)
 
     def make_routes(self, routings: Sequence[Routing]) -> list[Route]:
         """One for each chunk of tokens, with one exchange of counts and one wait for all.

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.dispatch.channel import Arriving, Channel, Kind, Pending
+from moe.dispatch.channel import Channel, Pending
+from moe.dispatch.payload import Kind
 from moe.segment_sum import segment_sum
 
 
@@ -68,7 +69,7 @@ class Leg:
 
 @dataclass(frozen=True, slots=True)
 class _Homecoming:
-    arriving: Arriving
+    arriving: Pending
     leg: Leg
 
     def wait(self) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe.dispatch.hooks import Hooks
 from moe.permutation import Permutation, order_by_expert, permute, unpermute
 from moe.records import Routing
 
@@ -18,20 +19,23 @@ class LocalTrip:
     counts: Tensor
     weights: Tensor
     permutation: Permutation
+    hooks: Hooks
 
     def combine(self, outputs: Tensor) -> Tensor:
-        return unpermute(outputs, self.weights, self.permutation)
+        answers = unpermute(outputs, self.weights, self.permutation)
+        return self.hooks.before_combine(answers)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalDispatcher:
     """For a rank that has every expert."""
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> LocalTrip:
+    def dispatch(self, tokens: Tensor, routing: Routing, hooks: Hooks) -> LocalTrip:
         permutation = order_by_expert(routing.experts, num_rows=routing.num_rows())
         return LocalTrip(
-            rows=permute(tokens, permutation),
+            rows=permute(hooks.after_dispatch(tokens), permutation),
             counts=routing.counts,
             weights=routing.weights,
             permutation=permutation,
+            hooks=hooks,
         )

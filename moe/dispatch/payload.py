@@ -5,19 +5,42 @@
 
 Error of a value: int8 at most scale / 2 = max |x| / 254; float8 has 3 bits behind its first one, so
 at most |x| / 16, and for values below 2^-6 scale at most 2^-10 scale. The scale stands behind the
-values of its row, so that one message takes both: hidden_size + 4 bytes a row.
+values of its row, so that one message takes both: hidden_size + 4 bytes a row. The gradient of
+rounding is taken as that of the identity.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Payload = Literal["none", "int8", "float8_e4m3fn"]
+Kind = Literal["rows", "gradients", "numbers"]
+"""What travels: rows of hidden_size, their gradients, or the few numbers that say where they
+belong."""
 SCALE_BYTES = 4
 _TOPS = {"int8": 127.0, "float8_e4m3fn": 448.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How a link writes what travels over it; numbers always as they are.
+
+    Attributes:
+        payload: of rows.
+        gradient_payload: of gradients.
+    """
+
+    payload: Payload = "none"
+    gradient_payload: Payload = "none"
+
+    def payload_of(self, kind: Kind) -> Payload:
+        if kind == "numbers":
+            return "none"
+        return self.payload if kind == "rows" else self.gradient_payload
 
 
 def row_bytes(hidden_size: int, *, payload: Payload, dtype: torch.dtype) -> int:

@@ -1,13 +1,15 @@
 """How tokens come to their experts and back: one protocol for all ways.
 
-    trip = dispatcher.dispatch(tokens, routing)
+    sent, its_routing = hooks.before_dispatch(tokens, routing)
+    trip = dispatcher.dispatch(sent, its_routing, hooks)      calls hooks.after_dispatch
     outputs = experts(trip.rows, trip.counts)
-    tokens = trip.combine(outputs)
+    home = trip.combine(outputs)                              calls hooks.before_combine
+    output = hooks.after_combine(home)
 
 `dispatch` brings copies of the tokens to the ranks of their experts, `combine` brings the answers
-home and adds them up with their weights. A layer that cuts its tokens into chunks makes one trip
-for each. All ranks of an expert-parallel group make the same trips in the same order, also those
-without tokens; backward each trip happens again in reverse.
+home and adds them up with their weights; `moe.schedule.serial` does all of it. A layer that cuts
+its tokens into chunks makes one trip for each. All ranks of an expert-parallel group make the same
+trips in the same order, also those without tokens; backward each trip happens again in reverse.
 
 Exact and hierarchical trips are lists of legs (`moe.dispatch.leg`), which a scheduler can also
 start by itself: `moe.dispatch.route` says where rows go, apart from going.
@@ -19,6 +21,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moe.dispatch.hooks import Hooks
 from moe.records import Routing
 
 
@@ -51,6 +54,10 @@ class Trip(Protocol):
 class Dispatcher(Protocol):
     """A way for tokens to travel."""
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> Trip:
-        """Send this rank's tokens [num_tokens, hidden_size] where `routing` says."""
+    def dispatch(self, tokens: Tensor, routing: Routing, hooks: Hooks) -> Trip:
+        """Send this rank's tokens [num_tokens, hidden_size] where `routing` says.
+
+        Args:
+            hooks: those at the experts' end are called by the trip, those at home by the caller.
+        """
         ...

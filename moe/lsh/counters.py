@@ -22,8 +22,8 @@ class CompressionReport:
     Attributes:
         num_rows: choices that led to an expert.
         num_sent: rows that stood for them on the way to the experts.
-        num_bytes: bytes between ranks for this rank's tokens, forward: rows there, answers back,
-            counts. Backward the gradients of both travel once more.
+        num_bytes: bytes between ranks (or nodes) for this rank's tokens, forward: rows there and
+            answers back. Backward the gradients of both travel once more.
         num_exact_bytes: rows there and answers back if nothing were rounded and each token sent
             once to each rank that it needs, the least that is exact.
         squared_error, squared_size: sum |x - c|^2 and sum |x|^2.
@@ -66,18 +66,17 @@ class TripCount:
     """One trip.
 
     Attributes:
-        device_sums: float64 [3], squared error, squared size and bytes of an exact trip.
+        device_sums: float64 [4], squared error, squared size, bytes and those of an exact trip.
     """
 
     num_rows: int
     num_sent: int
-    num_bytes: int
     device_sums: Tensor
 
     def report(self) -> CompressionReport:
-        error, size, exact_bytes = self.device_sums.tolist()
+        error, size, num_bytes, exact_bytes = self.device_sums.tolist()
         return CompressionReport(
-            self.num_rows, self.num_sent, self.num_bytes, round(exact_bytes), error, size
+            self.num_rows, self.num_sent, round(num_bytes), round(exact_bytes), error, size
         )
 
 
@@ -93,7 +92,6 @@ class CompressionCounters:
             trip = TripCount(
                 num_rows=old.num_rows + trip.num_rows,
                 num_sent=old.num_sent + trip.num_sent,
-                num_bytes=old.num_bytes + trip.num_bytes,
                 device_sums=old.device_sums + trip.device_sums,
             )
         self._sum = trip

@@ -13,13 +13,11 @@ matter, only direction. A hash is a step function and has no gradient.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from moe.lsh.buckets import num_buckets
+from parallel.device import has_triton
 
 
 def draw_rotations(hidden_size: int, *, num_hashes: int, hash_dim: int, seed: int) -> Tensor:
@@ -57,7 +55,7 @@ def hash_rows(rows: Tensor, rotations: Tensor) -> Tensor:
     Returns:
         int64 [num_rows], in 0 .. (2 hash_dim)^num_hashes - 1.
     """
-    if rows.is_cuda and rows.dtype != torch.float64 and _has_triton():
+    if rows.is_cuda and rows.dtype != torch.float64 and has_triton():
         from moe.lsh.hash_triton import hash_rows_triton
 
         return hash_rows_triton(rows, rotations)
@@ -79,8 +77,3 @@ def codes_of(projected: Tensor) -> Tensor:
 def digit_values(num_hashes: int, hash_dim: int, device: torch.device) -> Tensor:
     """int64 [num_hashes]: (2 hash_dim)^k."""
     return (2 * hash_dim) ** torch.arange(num_hashes, device=device)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

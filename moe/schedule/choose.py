@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe.schedule.linear_cost import LinearCost
+from moe.schedule.paper_cases import ChunkTimes, gradient_room_seconds
 from moe.schedule.simulate import Stage, StreamName, bound_seconds, simulate
 
 MAX_CHUNKS = 16
@@ -59,6 +60,14 @@ class PassCost:
     def bound_seconds(self, num_chunks: int) -> float:
         """What no order of so many chunks can beat."""
         return bound_seconds(self._cut(num_chunks), num_chunks, tail_seconds=self.tail_seconds)
+
+    def gap_seconds(self, chunking: Chunking) -> float:
+        """How long the links between nodes stay free between the two directions, in the paper's
+        order (`moe.schedule.paper_cases`)."""
+        *out, experts = self._cut(chunking.num_chunks)[: len(self.stages) // 2 + 1]
+        inside = out[1].seconds if len(out) > 1 else 0.0
+        times = ChunkTimes(a2a=out[0].seconds, ag=inside, rs=inside, exp=experts.seconds)
+        return gradient_room_seconds(times, chunking.num_chunks)
 
     def _cut(self, num_chunks: int) -> list[Stage]:
         return [stage.of_chunk(num_chunks) for stage in self.stages]

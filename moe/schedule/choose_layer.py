@@ -7,7 +7,8 @@ ranks, n nodes, T tokens and K of E experts for each, a given part of E / p expe
     q_p = 1 - C(E - E/p, K) / C(E, K)
 
 so T (n - 1) q_n rows cross between nodes, T n q_n arrive at the ranks of a node's place, and
-T (e - n) q_e are passed on inside (docs/performance: bytes of all-to-all).
+T (e - n) q_e are passed on inside (docs/performance: bytes of all-to-all). Where similar tokens
+travel as one, T K rate rows are left, each for one expert: a share of 1 - 1 / p crosses to others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class LayerLoad:
         num_ranks: of the expert-parallel group.
         num_nodes: that it is spread over, where tokens travel in two legs; else None.
         row_bytes: of one token on the wire.
+        rate: rows that travel for each choice where similar tokens travel as one; else None.
     """
 
     num_tokens: int
@@ -35,10 +37,13 @@ class LayerLoad:
     num_ranks: int
     num_nodes: int | None
     row_bytes: int
+    rate: float | None = None
 
     @property
     def leg_bytes(self) -> tuple[float, ...]:
         """Sent to other ranks on each leg out, under uniform routing."""
+        if self.rate is not None:
+            return self._centroid_bytes(self.num_rows * self.row_bytes)
         to_ranks = hit_share(self.num_experts, self.topk, parts=self.num_ranks)
         wire = self.num_tokens * self.row_bytes
         if self.num_nodes is None:
@@ -49,10 +54,16 @@ class LayerLoad:
             wire * (self.num_ranks - self.num_nodes) * to_ranks,
         )
 
+    def _centroid_bytes(self, wire: float) -> tuple[float, ...]:
+        if self.num_nodes is None:
+            return (wire * (1 - 1 / self.num_ranks),)
+        ranks_per_node = self.num_ranks // self.num_nodes
+        return wire * (1 - 1 / self.num_nodes), wire * (1 - 1 / ranks_per_node)
+
     @property
     def num_rows(self) -> int:
         """That one rank's experts compute."""
-        return self.num_tokens * self.topk
+        return round(self.num_tokens * self.topk * (1.0 if self.rate is None else self.rate))
 
 
 def hit_share(num_experts: int, topk: int, *, parts: int) -> float:

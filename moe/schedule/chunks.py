@@ -1,22 +1,33 @@
 """A rank's tokens in chunks of equal size, and the routing of each.
 
-Chunk c of r has tokens  c T / r  up to  (c + 1) T / r  (rounded down): a pure function of this
-rank's count and r. Ranks have different counts, also none, and as many chunks; some may be empty.
+Chunk c of r has tokens c, c + r, c + 2 r, ...: a pure function of this rank's count and r, and fair
+to experts and links where neighbours choose alike, as centroids do, which stand expert by expert.
+Ranks have different counts, also none, and as many chunks; some may be empty.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from moe.records import Routing
 
 
 def cut(num_tokens: int, num_chunks: int) -> list[slice]:
     """The tokens of each chunk, in order."""
-    starts = [chunk * num_tokens // num_chunks for chunk in range(num_chunks + 1)]
-    return [slice(start, end) for start, end in itertools.pairwise(starts)]
+    return [slice(chunk, num_tokens, num_chunks) for chunk in range(num_chunks)]
+
+
+def join(chunks: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """The tokens of all chunks, [num_tokens, ...], in their order before `cut`."""
+    if len(chunks) == 1:
+        return chunks[0]
+    whole = chunks[0].new_empty((num_tokens, *chunks[0].shape[1:]))
+    for part, chunk in zip(cut(num_tokens, len(chunks)), chunks, strict=True):
+        whole[part] = chunk
+    return whole
 
 
 def cut_routing(routing: Routing, num_chunks: int) -> list[Routing]:

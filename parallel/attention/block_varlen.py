@@ -153,7 +153,7 @@ class VarlenBlocks:
             _gathered(key, key_rows),
             _gathered(value, key_rows),
             _gathered(attended.output, query_rows),
-            _gathered(log_sum_exp.t(), query_rows).t().contiguous(),
+            _gathered(log_sum_exp.t(), query_rows).t(),
             cu_seqlens=(rectangles.query_cu_seqlens, rectangles.key_cu_seqlens),
             max_seqlens=(rectangles.max_queries, rectangles.max_keys),
             softmax_scale=self.softmax_scale,

@@ -38,6 +38,11 @@ def document_ranges(cu_seqlens: CuSeqlens, *, num_tokens: int) -> tuple[tuple[in
     return tuple((start, end) for start, end in ranges if end > start)
 
 
+def inner_contiguous(x: Tensor) -> Tensor:
+    """x with channels side by side, as all kernels want them; copied only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def zeros_in_graph(x: Tensor) -> Tensor:
     """Zeros of x's shape whose gradient for x is 0, even where x or the gradient is NaN.
 

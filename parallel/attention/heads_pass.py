@@ -103,7 +103,9 @@ class HeadsBackward:
         ):
             (grad_output,) = arriving.heads()
             attended = Attended(grad_output, saved.query, saved.output, saved.log_sum_exp)
-            gradients = empty_gradients(saved.query, saved.key, saved.value)
+            gradients = empty_gradients(
+                saved.query, saved.key, saved.value, num_tokens=saved.query.shape[0]
+            )
             self._kernels.documents_backward(
                 gradients, attended, saved.key, saved.value, ring.documents
             )
@@ -116,11 +118,9 @@ class HeadsBackward:
             heads.rows([gradient[ring.own] for gradient in gradients])
 
 
-def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> Gradients:
-    """Dense memory of these shapes."""
-    query, key, value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
-    )
+def empty_gradients(query: Tensor, key: Tensor, value: Tensor, *, num_tokens: int) -> Gradients:
+    """Dense memory for so many tokens."""
+    query, key, value = (x.new_empty((num_tokens, *x.shape[1:])) for x in (query, key, value))
     return query, key, value
 
 

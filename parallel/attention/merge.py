@@ -10,11 +10,10 @@ in float32, whatever o_b's precision (FlashAttention, arXiv 2205.14135, section 
 arXiv 2310.01889). A part over no key has lse -inf and changes nothing.
 """
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from parallel.device import has_triton
 
 
 def merge_partial(
@@ -31,7 +30,7 @@ def merge_partial(
     float64. part_output: [num_rows, num_heads, head_dim] of any precision; part_log_sum_exp:
     [num_heads, num_rows]. rows: [num_rows] different tokens that the part is about; None: all.
     """
-    if output.is_cuda and output.dtype == torch.float32 and _has_triton():
+    if output.is_cuda and output.dtype == torch.float32 and has_triton():
         from parallel.attention.merge_triton import merge_partial_triton
 
         merge_partial_triton(output, log_sum_exp, part_output, part_log_sum_exp, rows=rows)
@@ -54,8 +53,3 @@ def merge_reference(
     difference = (part_log_sum_exp - log_sum_exp).nan_to_num_(nan=-torch.inf, posinf=torch.inf)
     output.lerp_(part_output.to(output.dtype), difference.sigmoid_().unsqueeze(-1))
     log_sum_exp.copy_(torch.logaddexp(log_sum_exp, part_log_sum_exp))
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

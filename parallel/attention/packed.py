@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from parallel.attention.attention import check_shapes, varlen_attention
 from parallel.attention.block import Attended, BlockKernels
 from parallel.attention.block_choice import choose_blocks
+from parallel.attention.documents import inner_contiguous
 from parallel.attention.heads_pass import SavedHeads
 from parallel.attention.local import Backend
 from parallel.attention.shared_pass import SharedPass
@@ -40,8 +41,9 @@ def packed_attention(
     softmax_scale: head_dim ** -0.5 where not given.
     backend: a name from `parallel.attention.local`; shared sequences cannot use "sdpa".
 
-    Kept for backward: query, key, value, output and log-sum-exp; of a ring that exchanges heads
-    also this rank's heads of its tokens.
+    Kept for backward: query, key, value, output and log-sum-exp. Of a ring that exchanges heads
+    this rank's heads of its tokens are kept; then, unless another ring goes round, of its rows
+    only the output.
 
     Returns [num_tokens, num_heads, head_dim] in query's dtype. Raises ValueError for shapes that
     do not fit, for a backend that cannot run here, and for a ring that exchanges heads and does not
@@ -71,7 +73,7 @@ def packed_attention(
         head_dim=query.shape[-1],
         softmax_scale=scale,
     )
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (inner_contiguous(x) for x in (query, key, value))
     return _PackedAttention.apply(query, key, value, rows, exchange, kernels)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -100,6 +102,9 @@ class _PackedAttention(torch.autograd.Function):
         shared_pass = SharedPass(rows, exchange, kernels)
         answer = shared_pass.forward(query, key, value)
         heads = [tensor for saved in answer.heads for tensor in saved.tensors()]
+        if heads and not rows.own_rows:
+            # Backward has these rows' heads. A copy of the others: a view would keep all.
+            query, key, value = (x[: rows.num_whole].clone() for x in (query, key, value))
         ctx.save_for_backward(query, key, value, answer.output, answer.log_sum_exp, *heads)
         ctx.shared_pass = shared_pass
         return answer.output
@@ -108,9 +113,7 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum_exp, *heads = ctx.saved_tensors
-        if grad_output.stride(-1) != 1:
-            grad_output = grad_output.contiguous()
         saved = [SavedHeads(*heads[first : first + 5]) for first in range(0, len(heads), 5)]
-        attended = Attended(grad_output, query, output, log_sum_exp)
+        attended = Attended(inner_contiguous(grad_output), query, output, log_sum_exp)
         gradients = ctx.shared_pass.backward(attended, key, value, tuple(saved))
         return *gradients, None, None, None

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from parallel.attention.blocked import blocked_backward, blocked_forward, causal_mask
 from parallel.attention.cpu_flash import cpu_flash_backward, cpu_flash_forward
+from parallel.attention.documents import inner_contiguous
 from parallel.device import cpu_has_bf16_hardware
 
 DocumentKernel = Literal["blocked", "torch_flash"]
@@ -35,7 +36,7 @@ def per_document_attention(
     Returns [num_tokens, num_heads, head_dim].
     """
     kernels = document_kernels(ranges, query.dtype) if kernel is None else (kernel,) * len(ranges)
-    query, key, value = (_inner_contiguous(x) for x in (query, key, value))
+    query, key, value = (inner_contiguous(x) for x in (query, key, value))
     return _PerDocument.apply(query, key, value, ranges, kernels, softmax_scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -117,10 +118,6 @@ def _blocked_lengths(dtype: torch.dtype) -> range:
     return range(0)
 
 
-def _inner_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _PerDocument(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -154,7 +151,7 @@ class _PerDocument(torch.autograd.Function):
         )
         documents_backward(
             grads,
-            _inner_contiguous(grad_output),
+            inner_contiguous(grad_output),
             query,
             key,
             value,

@@ -91,10 +91,12 @@ class SharedPass:
     ) -> Gradients:
         """Gradients of query, key and value in their dtype, zero behind the last row.
 
-        attended: all rows, output and log-sum-exp as `forward` gave them; saved: likewise.
+        attended: all rows, output and log-sum-exp as `forward` gave them; saved: likewise. Of rows
+        whose heads are exchanged, where no ring goes round, query, key and value may be missing.
         """
         rows, shared = self.rows, self.rows.shared
-        gradients = empty_gradients(attended.query, key, value)
+        num_tokens = attended.grad_output.shape[0]
+        gradients = empty_gradients(attended.query, key, value, num_tokens=num_tokens)
         sums = _zero_sums(gradients, rows)
         own, own_key, own_value = attended.rows(shared), key[shared], value[shared]
 

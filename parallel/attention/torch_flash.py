@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from parallel.attention.documents import inner_contiguous
+
 # The CUDA kernels ask for a multiple of 8; zeros there change neither scores nor output.
 _HEAD_DIM_MULTIPLE = 8
 MAX_HEAD_DIM = 256
@@ -52,9 +54,7 @@ class _TorchFlash(torch.autograd.Function):
         max_seqlen: int,
         softmax_scale: float,
     ) -> Tensor:
-        query, key, value = (
-            x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
-        )
+        query, key, value = (inner_contiguous(x) for x in (query, key, value))
         # Behind max_seqlen: dropout, causal, return the debug mask.
         output, log_sum_exp, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
             query,
@@ -78,7 +78,7 @@ class _TorchFlash(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum_exp, cu_seqlens, rng_state, unused = ctx.saved_tensors
         grads = torch.ops.aten._flash_attention_backward(
-            grad_output.contiguous(),
+            grad_output,
             query,
             key,
             value,
@@ -146,7 +146,8 @@ def torch_flash_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """These keys' share of the gradients, from output and log-sum-exp over all keys."""
     head_dim = query.shape[-1]
-    padded = [pad_head_dim(x).contiguous() for x in (grad_output, query, key, value, output)]
+    # Only channels must lie side by side; keys and values come as every other row of a buffer.
+    padded = [pad_head_dim(x) for x in (grad_output, query, key, value, output)]
     grads = torch.ops.aten._flash_attention_backward(
         *padded,
         log_sum_exp.contiguous(),

@@ -47,11 +47,21 @@ class Round:
     """Messages under way. Their tensors may be neither written nor read before `wait`."""
 
     works: tuple[dist.Work, ...] = ()
+    peers: tuple[int, ...] = ()
+    """Ranks of the whole run, one for each work, or of a work that stands for all of them."""
 
     def wait(self) -> None:
-        """Return when all messages have arrived; on a GPU, let the current stream wait for them."""
-        for work in self.works:
-            work.wait()
+        """Return when all messages have arrived; on a GPU, let the current stream wait for them.
+
+        Raises RuntimeError naming the rank whose message did not come or could not go.
+        """
+        for number, work in enumerate(self.works):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                is_each = len(self.works) == len(self.peers)
+                peers = self.peers[number : number + 1] if is_each else self.peers
+                raise _broken(peers, error) from error
 
 
 @dataclass(slots=True)
@@ -66,6 +76,7 @@ class Exchange:
     def post(self, messages: Sequence[Message]) -> Round:
         """Start a round. Empty tensors are not sent; both ends know their sizes."""
         operations = []
+        peers: list[int] = []
         # Receives first: gloo asks for data on the connection that carries its own, and asked for
         # late, behind it, the two directions take turns (measured: half the speed).
         for message in sorted(messages, key=lambda message: message.is_sent):
@@ -79,12 +90,21 @@ class Exchange:
                     group_peer=message.peer,
                 )
             )
+            peers.append(
+                message.peer
+                if self.group is None
+                else dist.get_global_rank(self.group, message.peer)
+            )
             if message.is_sent:
                 self.traffic.num_bytes_sent += message.tensor.nbytes
                 self.traffic.num_messages_sent += 1
         if not operations:
             return Round()
-        return Round(tuple(dist.batch_isend_irecv(operations)))
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise _broken(tuple(peers), error) from error
+        return Round(tuple(works), tuple(peers))
 
     def buffer(
         self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
@@ -102,3 +122,11 @@ class Exchange:
             held = torch.empty(size, dtype=dtype, device=device)
             self._buffers[key] = held
         return held[:size].view(shape)
+
+
+def _broken(peers: tuple[int, ...], error: RuntimeError) -> RuntimeError:
+    named = ", ".join(str(peer) for peer in sorted(set(peers)))
+    return RuntimeError(
+        f"rank {dist.get_rank()}: the exchange with rank {named} broke off; look at the output of "
+        f"that rank for the cause ({error})"
+    )

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parallel.plan.flops import ModelShape
+from parallel.plan.input_check import check_constants, check_positive
 
 # Flash attention's backward over its forward: five products in place of two.
 ATTENTION_BACKWARD = 2.5
@@ -48,6 +49,17 @@ class RingCost:
     """Bytes of a backward hop over those of a forward hop."""
     num_query_groups: int = 0
     """Heads of keys and values: an all-to-all needs a divisor of it. 0: rings only."""
+
+    def __post_init__(self) -> None:
+        """Raise PlanError for constants that no link has."""
+        check_positive(bytes_per_second=self.bytes_per_second)
+        check_constants(
+            key_value_bytes=self.key_value_bytes,
+            query_bytes=self.query_bytes,
+            latency_seconds=self.latency_seconds,
+            backward_factor=self.backward_factor,
+            num_query_groups=self.num_query_groups,
+        )
 
     @classmethod
     def from_model(

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from parallel.errors import PlanError
 from parallel.plan.communication import ATTENTION_BACKWARD, FloatArray, RingCost
 from parallel.plan.flops import ModelShape
+from parallel.plan.input_check import check_constants
 
 # Backward over forward in linear layers: gradients of input and of weight.
 _LINEAR_BACKWARD = 2.0
@@ -31,6 +33,16 @@ class CostModel:
     """g: per micro-batch."""
     communication: RingCost | None = None
     """Of ranks that share a sequence; None: their exchange costs nothing."""
+
+    def __post_init__(self) -> None:
+        """Raise PlanError for constants by which plans cannot be compared."""
+        check_constants(
+            quadratic_seconds=self.quadratic_seconds,
+            linear_seconds=self.linear_seconds,
+            fixed_seconds=self.fixed_seconds,
+        )
+        if not self.quadratic_seconds + self.linear_seconds:
+            raise PlanError("quadratic_seconds and linear_seconds are both 0; one must be above")
 
     @classmethod
     def from_model(
@@ -139,9 +151,11 @@ class CostModel:
     ) -> tuple[FloatArray, FloatArray]:
         """By ring and by all-to-all."""
         share = np.asarray(length, dtype=np.float64) / np.asarray(num_ranks)
+        by_heads = ring.ulysses_seconds(num_ranks, block_tokens=share)
         return (
             ring.ring_seconds(
                 num_ranks, block_tokens=share, hop_seconds=self.quadratic_seconds * share**2
             ),
-            ring.ulysses_seconds(num_ranks, block_tokens=share),
+            # Ranks without a token take no part, and the others need not divide the heads.
+            np.where(share < 1.0, np.inf, by_heads),
         )

@@ -24,11 +24,11 @@ from parallel.plan.blocks import Schedule, Style, place_blocks
 from parallel.plan.bound import bound_seconds
 from parallel.plan.candidates import Candidate, make_candidates
 from parallel.plan.cost import CostModel
-from parallel.plan.cuts import even_cut
 from parallel.plan.expert_cells import Cell, Row, fill_cells, level_of
 from parallel.plan.fill import fill
 from parallel.plan.offload_ratio import HostMemory, fewest_ranks
-from parallel.plan.records import MicroBatch, Piece, StepPlan
+from parallel.plan.plan_writer import PlanWriter
+from parallel.plan.records import StepPlan, most_tokens
 from parallel.plan.row_shares import FloatArray, IntArray, Shares, bundle
 
 # A plan this much over the bound is taken at once.
@@ -110,7 +110,6 @@ class _Step:
         self.capacity = tokens_per_rank
         self.cost = cost_model
         self.host_memory = host_memory
-        self.offloadable = host_memory.offloadable if host_memory else 0.0
         self.given = tuple(lengths)
         length = np.asarray(lengths, dtype=np.int64)
         self.order: list[int] = np.argsort(-length, kind="stable").tolist()
@@ -118,11 +117,12 @@ class _Step:
         self.lengths: list[int] = self.sorted.tolist()
         seconds: FloatArray = cost_model.lengths_seconds(self.lengths)
         self.seconds: list[float] = seconds.tolist()
+        offloadable = host_memory.offloadable if host_memory else 0.0
         self.target = bound_seconds(
             lengths,
             cost_model,
             num_ranks=num_ranks,
-            tokens_per_rank=int(tokens_per_rank / (1 - self.offloadable)),
+            tokens_per_rank=most_tokens(tokens_per_rank, offloadable),
         )
         # Those that no rank can hold, or that take one rank too long.
         num_shared = int((length > tokens_per_rank).sum())
@@ -262,13 +262,14 @@ class _Step:
         num_long: int,
     ) -> None:
         """Rows of equal length for the sequences that are left, up to one level."""
-        num_tokens = sum(self.lengths[num_long:])
-        if not num_tokens:
+        num_left, num_tokens = len(self.lengths) - num_long, sum(self.lengths[num_long:])
+        if not num_left:
             return
         rest = sum(self.seconds[num_long:])
         longest_row = _FULL * self.capacity * rest / num_tokens
         for gap, inside in zip(schedule.gaps, in_gaps, strict=True):
-            self._open(inside, gap.seconds - sum(row.seconds for row in inside), longest_row)
+            seconds = gap.seconds - sum(row.seconds for row in inside)
+            self._open(inside, seconds, longest_row, most=num_left)
         slack = sum(
             min(max(0.0, cell.left), max(0, cell.room) * rest / num_tokens)
             for group in (*in_gaps, *at_end)
@@ -277,10 +278,11 @@ class _Step:
         )
         level = level_of(busy, max(0.0, rest - slack) / self.group_size)
         for group, inside in enumerate(at_end):
-            self._open(inside, level - busy[group], longest_row)
+            self._open(inside, level - busy[group], longest_row, most=num_left)
 
-    def _open(self, inside: list[Row], seconds: float, longest_row: float) -> None:
-        num_rows = -int(-seconds // (longest_row + self.cost.fixed_seconds))
+    def _open(self, inside: list[Row], seconds: float, longest_row: float, *, most: int) -> None:
+        """No more rows than there are sequences for them: a gap may last a thousand rows."""
+        num_rows = min(-int(-seconds // (longest_row + self.cost.fixed_seconds)), most)
         for _ in range(num_rows):
             each = seconds / num_rows - self.cost.fixed_seconds
             if each > 0:
@@ -289,8 +291,7 @@ class _Step:
     def build(self, chosen: _Try) -> StepPlan:
         """Rows in their order, empty ones where groups that meet have run fewer."""
         size = self.group_size
-        batches: list[list[list[Piece]]] = [[] for _ in range(self.num_ranks)]
-        ulysses: list[int] = []
+        writer = PlanWriter(self.given, self.num_ranks, self.capacity, self.cost, self.host_memory)
         before = {
             (gap.rank, gap.block): rows
             for gap, rows in zip(chosen.schedule.gaps, chosen.in_gaps, strict=True)
@@ -298,49 +299,26 @@ class _Step:
         for number, block in enumerate(chosen.schedule.blocks):
             for group in block.ranks:
                 for row in before.get((group, number), ()):
-                    self._write(row, group, batches, ulysses)
+                    self._write(row, group, writer)
             ranks = [group * size + place for group in block.ranks for place in range(size)]
-            index = max(len(batches[rank]) for rank in ranks)
-            parts = self._cut(block.sequence, len(ranks), ulysses)
+            index = max(len(writer.rows[rank]) for rank in ranks)
+            parts = writer.cut(self.order[block.sequence], len(ranks))
             for rank, part in zip(ranks, parts, strict=True):
-                batches[rank] += [[] for _ in range(index - len(batches[rank]))]
-                batches[rank].append(list(part))
+                writer.fill_up(rank, index)
+                writer.rows[rank].append(list(part))
         for group, rows in enumerate(chosen.at_end):
             for row in rows:
-                self._write(row, group, batches, ulysses)
-        return StepPlan(
-            lengths=self.given,
-            tokens_per_rank=self.capacity,
-            micro_batches=tuple(
-                tuple(self._micro_batch(pieces) for pieces in rank) for rank in batches
-            ),
-            ulysses=tuple(sorted(ulysses)),
-            offloadable=self.offloadable,
-        )
+                self._write(row, group, writer)
+        return writer.plan()
 
-    def _write(
-        self, row: Row, group: int, batches: list[list[list[Piece]]], ulysses: list[int]
-    ) -> None:
+    def _write(self, row: Row, group: int, writer: PlanWriter) -> None:
         if not row.blocks and not any(cell.whole for cell in row.cells):
             return
         first = group * self.group_size
         for rank, cell in enumerate(row.cells, start=first):
-            inside = sorted(self.order[place] for place in cell.whole)
-            batches[rank].append([Piece(i, 0, self.given[i]) for i in inside])
+            writer.rows[rank].append(writer.whole(self.order[place] for place in cell.whole))
         for place, num_ranks in row.blocks:
-            for rank, part in enumerate(self._cut(place, num_ranks, ulysses), start=first):
-                batches[rank][-1] += part
+            parts = writer.cut(self.order[place], num_ranks)
+            for rank, part in enumerate(parts, start=first):
+                writer.rows[rank][-1] += part
             first += num_ranks
-
-    def _cut(self, place: int, num_ranks: int, ulysses: list[int]) -> list[tuple[Piece, ...]]:
-        sequence = self.order[place]
-        if self.cost.prefers_ulysses(self.given[sequence], num_ranks):
-            ulysses.append(sequence)
-        return even_cut(sequence, self.given[sequence], num_ranks)
-
-    def _micro_batch(self, pieces: list[Piece]) -> MicroBatch:
-        ratio = 0.0
-        if self.host_memory is not None:
-            num_tokens = sum(piece.end - piece.start for piece in pieces)
-            ratio = self.host_memory.ratio(num_tokens, tokens_per_rank=self.capacity)
-        return MicroBatch(tuple(pieces), ratio)

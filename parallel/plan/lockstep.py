@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
-from parallel.plan.joined import Joined
+from parallel.plan.joined import Joined, expert_rows
 from parallel.plan.records import StepPlan
 
 IntArray = npt.NDArray[np.int64]
@@ -116,23 +116,15 @@ def meetings(flat: FlatPlan, *, expert_parallel_size: int = 1) -> list[list[int]
     With expert parallelism also those of equal index within each group of consecutive ranks.
     """
     joined: Joined[int] = Joined()
-    rows = _expert_rows(flat, expert_parallel_size) if expert_parallel_size > 1 else []
+    first = flat.first.tolist()
+    rows = (
+        [first[rank] + index for rank in ranks]
+        for index, ranks, _ in expert_rows(np.diff(flat.first).tolist(), expert_parallel_size)
+    )
     for together in (*(ring.micro_batches for ring in flat.rings), *rows):
         for other in together[1:]:
             joined.join(together[0], other)
     return [list(group) for group in joined.groups()]
-
-
-def _expert_rows(flat: FlatPlan, size: int) -> list[list[int]]:
-    rows = []
-    bounds = flat.first.tolist()
-    for begin in range(0, flat.num_ranks, size):
-        ranks = range(begin, min(begin + size, flat.num_ranks))
-        longest = max(bounds[rank + 1] - bounds[rank] for rank in ranks)
-        for index in range(longest):
-            present = [r for r in ranks if bounds[r] + index < bounds[r + 1]]
-            rows.append([bounds[rank] + index for rank in present])
-    return rows
 
 
 @dataclass(frozen=True, slots=True)

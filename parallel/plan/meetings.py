@@ -19,7 +19,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 from parallel.errors import PlanError
-from parallel.plan.joined import Joined
+from parallel.plan.joined import Joined, expert_rows
 from parallel.plan.operations import check_interleaved_count
 from parallel.plan.records import StepPlan
 
@@ -66,12 +66,12 @@ def find_meetings(plan: StepPlan, *, expert_parallel_size: int = 1) -> tuple[Mee
                 if first != place:
                     joined.join(first, place)
                     shared.add(piece.sequence)
-    absent: dict[Place, tuple[int, ...]] = {}
-    for group in _expert_groups(plan, expert_parallel_size):
-        for places, missing in _expert_meetings(plan, group):
-            for place in places:
-                joined.join(places[0], place)
-                absent[place] = missing
+    absent: dict[Place, list[int]] = {}
+    counts = [len(batches) for batches in plan.micro_batches]
+    for index, present, missing in expert_rows(counts, expert_parallel_size):
+        for rank in present:
+            joined.join((present[0], index), (rank, index))
+            absent[rank, index] = missing
     sequences: dict[Place, list[int]] = {}
     for sequence in sorted(shared):
         sequences.setdefault(joined.root(seen[sequence]), []).append(sequence)
@@ -118,20 +118,6 @@ def _named(noun: str, numbers: Sequence[int]) -> str:
     return f"{plural} {_listed(list(map(str, numbers)))}"
 
 
-def _expert_groups(plan: StepPlan, size: int) -> Iterator[range]:
-    if size > 1:
-        for first in range(0, plan.num_ranks, size):
-            yield range(first, min(first + size, plan.num_ranks))
-
-
-def _expert_meetings(plan: StepPlan, group: range) -> Iterator[tuple[list[Place], tuple[int, ...]]]:
-    """For each index of a group: the micro-batches there are, and the ranks that have none."""
-    counts = {rank: len(plan.micro_batches[rank]) for rank in group}
-    for index in range(max(counts.values())):
-        places = [(rank, index) for rank, count in counts.items() if index < count]
-        yield places, tuple(rank for rank, count in counts.items() if index >= count)
-
-
 def _check_counts(
     plan: StepPlan, num_pipeline_stages: int, expert_parallel_size: int, num_model_chunks: int
 ) -> None:
@@ -141,11 +127,12 @@ def _check_counts(
                 check_interleaved_count(len(batches), num_pipeline_stages=num_pipeline_stages)
             except PlanError as error:
                 raise PlanError(f"rank {rank}: {error}") from None
-    for group in _expert_groups(plan, expert_parallel_size):
-        counts = [len(plan.micro_batches[rank]) for rank in group]
+    for first in range(0, plan.num_ranks, expert_parallel_size):
+        last = first + expert_parallel_size - 1
+        counts = [len(batches) for batches in plan.micro_batches[first : last + 1]]
         if min(counts) < max(counts):
             raise PlanError(
-                f"ranks {group[0]} to {group[-1]} are one expert-parallel group and run "
+                f"ranks {first} to {last} are one expert-parallel group and run "
                 f"{_listed(list(map(str, counts)))} micro-batches; they must run equally many: "
                 f"fill up to {max(counts)} with empty ones"
             )

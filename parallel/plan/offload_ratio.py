@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from parallel.plan.cost import CostModel
 from parallel.plan.flops import ModelShape
+from parallel.plan.input_check import check_numbers, check_positive
 
 # Layers that stay on the device: the one that computes and the one that is moved.
 _NUM_KEPT_LAYERS = 2
@@ -36,6 +37,13 @@ class HostMemory:
     """That one layer saves for the backward pass, per token."""
     bytes_per_second: float
     """To the host or back, whichever is slower, while all ranks of the machine copy."""
+
+    def __post_init__(self) -> None:
+        """Raise PlanError for numbers that no rank has."""
+        check_numbers(num_layers=self.num_layers)
+        check_positive(
+            activation_bytes=self.activation_bytes, bytes_per_second=self.bytes_per_second
+        )
 
     @classmethod
     def from_model(

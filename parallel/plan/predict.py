@@ -144,26 +144,6 @@ def _exchange(
             )
             sent[members] += ring_cost.ring_bytes(block, num_ranks)
     return seconds, sent
-    ulysses = frozenset(plan.ulysses)
-    for ring in flat.rings:
-        members = np.array(ring.micro_batches)
-        num_ranks = len(members)
-        lengths = np.array([plan.lengths[i] for i in ring.sequences if i not in ulysses], float)
-        in_heads = sum(plan.lengths[i] for i in ring.sequences if i in ulysses)
-        if len(lengths):
-            block = lengths.sum() / num_ranks
-            # The largest block sets the pace; without all-to-alls it is known exactly.
-            largest = ring.block_tokens if not in_heads else block
-            hop = cost_model.quadratic_seconds * float(((lengths / num_ranks) ** 2).sum())
-            seconds[members] += ring_cost.ring_seconds(
-                num_ranks, block_tokens=largest, hop_seconds=hop
-            )
-            sent[members] += ring_cost.ring_bytes(block, num_ranks)
-        if in_heads:
-            block = in_heads / num_ranks
-            seconds[members] += ring_cost.ulysses_seconds(num_ranks, block_tokens=block)
-            sent[members] += ring_cost.ulysses_bytes(block, num_ranks)
-    return seconds, sent
 
 
 def _latest(

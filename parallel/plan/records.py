@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 from parallel.errors import PlanError
 
+# Tokens by which a share of them may be off.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -76,7 +79,7 @@ class StepPlan:
     @property
     def most_tokens(self) -> int:
         """Tokens that a micro-batch may hold if all that may leave the device does."""
-        return int(self.tokens_per_rank / (1 - self.offloadable))
+        return most_tokens(self.tokens_per_rank, self.offloadable)
 
     def check(self) -> None:
         """Raise PlanError unless every token is computed exactly once and no limit is broken.
@@ -95,7 +98,7 @@ class StepPlan:
             raise PlanError(f"ulysses names {unknown[0]}; there are {len(self.lengths)} sequences")
         for rank, index, batch in self._places():
             held = batch.num_tokens * (1 - batch.offload_ratio * self.offloadable)
-            if batch.num_tokens > self.tokens_per_rank and held > self.tokens_per_rank + 1e-6:
+            if batch.num_tokens > self.tokens_per_rank and held > self.tokens_per_rank + _ROUNDING:
                 away = batch.num_tokens - held
                 raise PlanError(
                     f"micro-batch {index} of rank {rank} holds {batch.num_tokens} tokens"
@@ -181,6 +184,11 @@ class StepPlan:
             for number in (piece.sequence, piece.start, piece.end)
         ]
         return _integers(flat).reshape(-1, 3)
+
+
+def most_tokens(tokens_per_rank: int, offloadable: float) -> int:
+    """Tokens that a micro-batch may hold if the share `offloadable` of them leaves the device."""
+    return int((tokens_per_rank + _ROUNDING) / (1.0 - offloadable))
 
 
 def _micro_batch(record: Mapping[str, Any]) -> MicroBatch:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from parallel.plan.row_blocks import Blocks
+from parallel.plan.row_slots import Blocks, RowTimes
 
 # Attention of sequences shorter than this part of a row does not count.
 _SHORT = 0.25
@@ -31,25 +31,22 @@ class Cells:
         lengths: Sequence[int],
         *,
         group_size: int,
-        num_ranks: int,
         capacity: int,
-        row_seconds: float,
-        filled_seconds: float,
-        bubble: int,
+        times: RowTimes,
+        multiple: int = 1,
     ) -> None:
         self.lengths = lengths
+        self.multiple = multiple
         self.group_size = group_size
         self.capacity = capacity
-        self.row_seconds = row_seconds
-        self.bubble = bubble
-        num_groups = num_ranks // group_size
+        self.times = times
         self.num_rows: list[int] = blocks.num_rows.tolist()
-        with_slot = np.zeros(num_groups)
+        with_slot = np.zeros(len(self.num_rows))
         for slot in blocks.slots:
             with_slot[slot.groups] += 1
         # What rows hold is counted when it comes.
-        empty = blocks.num_rows - with_slot
-        self.end: list[float] = (blocks.clock - empty * (filled_seconds - row_seconds)).tolist()
+        empty = (blocks.num_rows - with_slot) * (times.filled_seconds - times.row_seconds)
+        self.end: list[float] = (blocks.clock - empty).tolist()
         self.longest: list[float] = blocks.longest.tolist()
         """Seconds of each group's longest row."""
         self.room = [[[capacity] * group_size for _ in range(n)] for n in self.num_rows]
@@ -68,21 +65,29 @@ class Cells:
                     group, place = divmod(rank, group_size)
                     self.room[group][slot.row][place] -= share
                     self.attention[group][slot.row][place] = slot.seconds
-        self.groups = range(num_groups)
 
     def finish(self, group: int) -> float:
         """When a group's last stage would be through."""
-        return self.end[group] + self.bubble * self.longest[group]
+        return self.end[group] + self.times.bubble * self.longest[group]
 
-    def open_row(self, group: int) -> None:
-        self.num_rows[group] += 1
-        self.end[group] += self.row_seconds
-        self.longest[group] = max(self.longest[group], self.row_seconds)
-        size = self.group_size
-        self.room[group].append([self.capacity] * size)
-        self.whole[group].append([[] for _ in range(size)])
-        self.slowest[group].append(0.0)
-        self.attention[group].append([0.0] * size)
+    def by_finish(self) -> list[tuple[float, int]]:
+        """A heap of all groups."""
+        groups = [(self.finish(group), group) for group in range(len(self.num_rows))]
+        heapq.heapify(groups)
+        return groups
+
+    def open_rows(self, group: int) -> range:
+        """As many rows as must be opened at once; returns which."""
+        first, size = self.num_rows[group], self.group_size
+        self.num_rows[group] += self.multiple
+        self.longest[group] = max(self.longest[group], self.times.row_seconds)
+        for _ in range(self.multiple):
+            self.end[group] += self.times.row_seconds
+            self.room[group].append([self.capacity] * size)
+            self.whole[group].append([[] for _ in range(size)])
+            self.slowest[group].append(0.0)
+            self.attention[group].append([0.0] * size)
+        return range(first, self.num_rows[group])
 
     def put(self, group: int, row: int, place: int, sequence: int, seconds: float) -> None:
         self.whole[group][row][place].append(sequence)
@@ -93,9 +98,8 @@ class Cells:
         if growth > 0:
             self.slowest[group][row] += growth
             self.end[group] += growth
-            self.longest[group] = max(
-                self.longest[group], self.row_seconds + self.slowest[group][row]
-            )
+            lasts = self.times.row_seconds + self.slowest[group][row]
+            self.longest[group] = max(self.longest[group], lasts)
 
 
 def fill_cells(
@@ -106,8 +110,7 @@ def fill_cells(
     num_long = 0
     while num_long < len(whole) and lengths[whole[num_long]] > _SHORT * short_tokens:
         num_long += 1
-    groups = [(cells.finish(group), group) for group in cells.groups]
-    heapq.heapify(groups)
+    groups = cells.by_finish()
     # Groups without room for sequences as long as those that come now, the roomiest first.
     tight: list[tuple[int, int]] = []
     left: list[int] = []
@@ -150,7 +153,7 @@ def _put_beside(
 
 
 def _put_where_room_is(cells: Cells, sequences: Sequence[int], attention: Sequence[float]) -> None:
-    """Each sequence into the emptiest cell; a row more where none has room."""
+    """Each sequence into the emptiest cell; more rows where none has room."""
     rooms = [
         (-room, group, row, place)
         for group, rows in enumerate(cells.room)
@@ -159,17 +162,26 @@ def _put_where_room_is(cells: Cells, sequences: Sequence[int], attention: Sequen
         if room > 0
     ]
     heapq.heapify(rooms)
+    groups = cells.by_finish()
     for sequence in sequences:
         length = cells.lengths[sequence]
         if not rooms or -rooms[0][0] < length:
-            group = min(cells.groups, key=cells.finish)
-            cells.open_row(group)
-            row = cells.num_rows[group] - 1
-            for place in range(cells.group_size):
-                heapq.heappush(rooms, (-cells.capacity, group, row, place))
+            group = _ends_first(cells, groups)
+            for row in cells.open_rows(group):
+                for place in range(cells.group_size):
+                    heapq.heappush(rooms, (-cells.capacity, group, row, place))
         room, group, row, place = rooms[0]
         heapq.heapreplace(rooms, (room + length, group, row, place))
         cells.put(group, row, place, sequence, attention[sequence])
+
+
+def _ends_first(cells: Cells, groups: list[tuple[float, int]]) -> int:
+    """The group that would end first, by a heap of how that was: it never becomes earlier."""
+    seconds, group = groups[0]
+    while seconds < cells.finish(group):
+        heapq.heapreplace(groups, (cells.finish(group), group))
+        seconds, group = groups[0]
+    return group
 
 
 def open_rows(
@@ -179,16 +191,14 @@ def open_rows(
     group_size: int,
     row_tokens: int,
     used_tokens: int,
-    row_seconds: float,
-    filled_seconds: float,
-    bubble: int,
+    times: RowTimes,
     multiple: int,
 ) -> float:
     """Rows enough for `num_tokens`, beside blocks that use `used_tokens` of theirs.
 
     Returns when the last stage of all would be through if they are filled evenly.
     """
-    counts = blocks.num_rows
+    counts, filled_seconds, bubble = blocks.num_rows, times.filled_seconds, times.bubble
     rounded = -(-np.maximum(counts, 1 if multiple > 1 else 0) // multiple) * multiple
     clock = blocks.clock + (rounded - counts) * filled_seconds
     blocks.longest = np.where(rounded > 0, np.maximum(blocks.longest, filled_seconds), 0.0)

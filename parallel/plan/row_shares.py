@@ -9,6 +9,7 @@ The longest row of a rank is paid p times (once, and p - 1 times in the bubble),
 gets ranks until U is below one level for all, and more as long as their exchange costs little.
 """
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -98,15 +99,16 @@ def bundle(shares: Shares, group_size: int) -> Iterator[tuple[float, list[tuple[
     """Blocks of less than a group beside each other: seconds of the slowest, and (sequence, number
     of ranks) of all. First fit, the slowest first."""
     found: list[tuple[float, list[tuple[int, int]]]] = []
-    free: list[int] = []
-    full = 0
+    # Places in `found` by the ranks that are free there; the first is the least of a heap.
+    by_free: list[list[int]] = [[] for _ in range(group_size + 1)]
     for sequence, num_ranks, seconds in zip(*(part.tolist() for part in shares), strict=True):
-        place = next((i for i in range(full, len(free)) if free[i] >= num_ranks), len(free))
-        if place == len(free):
+        first = [(by_free[free][0], free) for free in range(num_ranks, group_size) if by_free[free]]
+        if first:
+            place, free = min(first)
+            heapq.heappop(by_free[free])
+        else:
+            place, free = len(found), group_size
             found.append((seconds, []))
-            free.append(group_size)
         found[place][1].append((sequence, num_ranks))
-        free[place] -= num_ranks
-        while full < len(free) and free[full] < 2:
-            full += 1
+        heapq.heappush(by_free[free - num_ranks], place)
     yield from found

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from parallel.plan.cost import CostModel
-from parallel.plan.cuts import even_cut
 from parallel.plan.offload_ratio import HostMemory
 from parallel.plan.pipeline_bound import RowBound, pipeline_bound
-from parallel.plan.records import MicroBatch, Piece, StepPlan
-from parallel.plan.row_blocks import Blocks, place_in_rows
+from parallel.plan.plan_writer import PlanWriter
+from parallel.plan.records import StepPlan, most_tokens
+from parallel.plan.row_blocks import place_in_rows
 from parallel.plan.row_fill import Cells, fill_cells, open_rows
 from parallel.plan.row_shares import BoolArray, FloatArray, IntArray, RowShape, Shares, share
+from parallel.plan.row_slots import Blocks, RowTimes
 
 # Rows may be filled so much over the length that all tokens ask for, so that whole sequences fit.
 _SLACK = 1.03
@@ -30,7 +31,8 @@ _EXCHANGE_SHARE = 0.02
 _TARGETS = (1.05, 1.0, 1.1)
 # Numbers of rows that are tried, over the bound's.
 _ROW_COUNTS = (0.7, 0.85, 1.0)
-
+# Of the step: what a row is taken to last at least, also where it costs nothing.
+_LEAST_ROW = 1e-6
 # Tries that are filled; all are placed.
 _NUM_FILLED = 2
 
@@ -52,6 +54,7 @@ class _Try:
 
     hope: float
     shape: RowShape
+    times: RowTimes
     blocks: Blocks
     whole: list[int]
     """By place, longest first."""
@@ -66,7 +69,7 @@ def plan_rows(
     """Plan a step of sequences that the ranks can hold."""
     step = _Step(lengths, limits, cost_model, host_memory)
     if not lengths:
-        return step.build(Blocks(np.zeros(1), np.zeros(1), np.zeros(1, dtype=np.int64)), None)
+        return step.build(Blocks.none(1), None)
     tries = step.tries()
     found: list[tuple[float, int, Blocks, Cells]] = []
     for one in tries[:_NUM_FILLED]:
@@ -105,11 +108,12 @@ class _Step:
     def tries(self) -> list[_Try]:
         """Several lengths of rows, and for the best of them several targets; the best first."""
         limits = self.limits
+        offloadable = self.host_memory.offloadable if self.host_memory else 0.0
         bound = pipeline_bound(
             self.lengths,
             self.cost,
             num_ranks=limits.num_ranks,
-            tokens_per_rank=limits.tokens_per_rank,
+            tokens_per_rank=most_tokens(limits.tokens_per_rank, offloadable),
             max_ranks_per_sequence=limits.num_ranks,
             num_pipeline_stages=max(2, limits.num_pipeline_stages),
         )
@@ -140,10 +144,10 @@ class _Step:
 
     def _try(self, row_tokens: int, bound: RowBound, target: float) -> _Try:
         limits, cost = self.limits, self.cost
-        per_row = cost.fixed_seconds + cost.linear_seconds * row_tokens
+        row_seconds = cost.fixed_seconds + cost.linear_seconds * row_tokens
         shape = RowShape(
             row_tokens=row_tokens,
-            level_seconds=max(bound.longest_seconds, per_row * 1.02),
+            level_seconds=max(bound.longest_seconds, row_seconds * 1.02),
             exchange_share=_EXCHANGE_SHARE,
         )
         group_size = limits.expert_parallel_size
@@ -151,15 +155,17 @@ class _Step:
         is_shared = np.zeros(len(self.sorted), dtype=bool)
         is_shared[shares.sequences] = True
         used_tokens = int(self.sorted[is_shared].sum()) + self._wasted(shares, is_shared, shape)
-        row_seconds = cost.fixed_seconds + cost.linear_seconds * shape.row_tokens
         filled = row_seconds + self._mean_attention(is_shared, shape)
+        times = RowTimes(
+            row_seconds=row_seconds,
+            filled_seconds=max(filled, _LEAST_ROW * bound.seconds),
+            bubble=self.bubble,
+        )
         blocks = place_in_rows(
             shares,
             num_groups=limits.num_ranks // group_size,
             group_size=group_size,
-            row_seconds=row_seconds,
-            filled_seconds=filled,
-            bubble=self.bubble,
+            times=times,
             target=bound.seconds * target,
         )
         hope = open_rows(
@@ -168,12 +174,10 @@ class _Step:
             group_size=group_size,
             row_tokens=shape.row_tokens,
             used_tokens=used_tokens,
-            row_seconds=row_seconds,
-            filled_seconds=filled,
-            bubble=self.bubble,
+            times=times,
             multiple=limits.num_micro_batches_multiple,
         )
-        return _Try(hope, shape, blocks, np.flatnonzero(~is_shared).tolist())
+        return _Try(hope, shape, times, blocks, np.flatnonzero(~is_shared).tolist())
 
     def _wasted(self, shares: Shares, is_shared: BoolArray, shape: RowShape) -> int:
         """Tokens of room beside shared sequences for which there is no sequence short enough."""
@@ -195,21 +199,16 @@ class _Step:
 
     def fill(self, one: _Try) -> Cells:
         """Whole sequences into the rows of a try."""
-        limits, shape = self.limits, one.shape
-        row_seconds = self.cost.fixed_seconds + self.cost.linear_seconds * shape.row_tokens
-        is_shared = np.ones(len(self.sorted), dtype=bool)
-        is_shared[one.whole] = False
+        row_tokens = one.shape.row_tokens
         cells = Cells(
             one.blocks,
             self.lengths,
-            group_size=limits.expert_parallel_size,
-            num_ranks=limits.num_ranks,
-            capacity=max(min(int(shape.row_tokens * _SLACK), limits.tokens_per_rank), 1),
-            row_seconds=row_seconds,
-            filled_seconds=row_seconds + self._mean_attention(is_shared, shape),
-            bubble=self.bubble,
+            group_size=self.limits.expert_parallel_size,
+            capacity=max(min(int(row_tokens * _SLACK), self.limits.tokens_per_rank), 1),
+            times=one.times,
+            multiple=self.limits.num_micro_batches_multiple,
         )
-        fill_cells(cells, one.whole, self.attention_list, short_tokens=shape.row_tokens)
+        fill_cells(cells, one.whole, self.attention_list, short_tokens=row_tokens)
         return cells
 
     def seconds(self, blocks: Blocks, cells: Cells) -> float:
@@ -238,39 +237,18 @@ class _Step:
         """Cut and write down."""
         limits = self.limits
         size, multiple = limits.expert_parallel_size, limits.num_micro_batches_multiple
-        fewest = multiple if multiple > 1 else 0
-        counts = cells.num_rows if cells else [0] * (limits.num_ranks // size)
-        counts = [max(-(-count // multiple) * multiple, fewest) for count in counts]
-        pieces: list[list[list[Piece]]] = [
-            [[] for _ in range(counts[rank // size])] for rank in range(limits.num_ranks)
-        ]
-        if cells:
-            for rank, rows in enumerate(pieces):
-                group, place = divmod(rank, size)
-                for row, inside in enumerate(cells.whole[group]):
-                    given = sorted(self.order[i] for i in inside[place])
-                    rows[row] += [Piece(i, 0, self.given[i]) for i in given]
-        shared = [block for slot in blocks.slots for block in slot.blocks]
-        by_heads = self.cost.prefers_ulysses(
-            [self.lengths[place] for place, _ in shared], [len(ranks) for _, ranks in shared]
+        writer = PlanWriter(
+            self.given, limits.num_ranks, limits.tokens_per_rank, self.cost, self.host_memory
         )
-        ulysses = [self.order[shared[i][0]] for i in np.flatnonzero(by_heads).tolist()]
+        for rank, rows in enumerate(writer.rows):
+            group, place = divmod(rank, size)
+            for inside in cells.whole[group] if cells else ():
+                rows.append(writer.whole(self.order[i] for i in inside[place]))
+            # A pipeline that wants a multiple wants it of every rank, also of one without work.
+            writer.fill_up(rank, multiple if multiple > 1 else 0)
         for slot in blocks.slots:
             for place, ranks in slot.blocks:
-                parts = even_cut(self.order[place], self.lengths[place], len(ranks))
+                parts = writer.cut(self.order[place], len(ranks))
                 for rank, part in zip(ranks, parts, strict=True):
-                    pieces[rank][slot.row] += part
-        return StepPlan(
-            lengths=self.given,
-            tokens_per_rank=limits.tokens_per_rank,
-            micro_batches=tuple(tuple(self._micro_batch(row) for row in rows) for rows in pieces),
-            ulysses=tuple(sorted(ulysses)),
-            offloadable=self.host_memory.offloadable if self.host_memory else 0.0,
-        )
-
-    def _micro_batch(self, pieces: list[Piece]) -> MicroBatch:
-        ratio = 0.0
-        if self.host_memory is not None:
-            num_tokens = sum(piece.end - piece.start for piece in pieces)
-            ratio = self.host_memory.ratio(num_tokens, tokens_per_rank=self.limits.tokens_per_rank)
-        return MicroBatch(tuple(pieces), ratio)
+                    writer.rows[rank][slot.row] += part
+        return writer.plan()

@@ -17,10 +17,11 @@ from parallel.plan.blocks import Schedule, Style, place_blocks
 from parallel.plan.bound import bound_seconds
 from parallel.plan.candidates import Candidate, make_candidates
 from parallel.plan.cost import CostModel
-from parallel.plan.cuts import cut, even_shares
+from parallel.plan.cuts import cut
 from parallel.plan.fill import Fill, fill
 from parallel.plan.offload_ratio import HostMemory, fewest_ranks
-from parallel.plan.records import MicroBatch, Piece, StepPlan
+from parallel.plan.plan_writer import PlanWriter
+from parallel.plan.records import Piece, StepPlan, most_tokens
 from parallel.plan.uneven import UnevenCut, level_ends
 
 # A plan this much over the bound is taken at once.
@@ -106,12 +107,12 @@ class _Search:
         self.capacity = tokens_per_rank
         self.cost_model = cost_model
         self.host_memory = host_memory
-        self.offloadable = host_memory.offloadable if host_memory else 0.0
+        offloadable = host_memory.offloadable if host_memory else 0.0
         self.target = bound_seconds(
             lengths,
             cost_model,
             num_ranks=num_ranks,
-            tokens_per_rank=int(tokens_per_rank / (1 - self.offloadable)),
+            tokens_per_rank=most_tokens(tokens_per_rank, offloadable),
         )
         length = np.asarray(lengths, dtype=np.int64)
         self.longest_first = np.argsort(-length, kind="stable").tolist()
@@ -215,47 +216,31 @@ class _Search:
     def build(self, chosen: _Try) -> StepPlan:
         """Cut, pack and write down."""
         schedule, filled = chosen.schedule, chosen.filled
-        batches: list[list[MicroBatch]] = [[] for _ in range(self.num_ranks)]
+        writer = PlanWriter(
+            self.lengths, self.num_ranks, self.capacity, self.cost_model, self.host_memory
+        )
         before = {
             (gap.rank, gap.block): inside
             for gap, inside in zip(schedule.gaps, filled.in_gaps, strict=True)
             if inside
         }
-        ulysses = []
         for number, block in enumerate(schedule.blocks):
-            length = self.lengths[block.sequence]
-            num_ranks = len(block.ranks)
             uneven = chosen.uneven.get(number)
-            if uneven is None and self.cost_model.prefers_ulysses(length, num_ranks):
-                ulysses.append(block.sequence)
-            shares = uneven.shares if uneven else even_shares(length, num_ranks)
-            ratio = self._ratio(shares[0])
-            for place, part in enumerate(cut(block.sequence, shares)):
-                rank = block.ranks[place]
-                if before and (rank, number) in before:
-                    batches[rank] += self._pack(before[rank, number])
-                if uneven:
-                    part = (*self._pieces(uneven.whole[place]), *part)
-                batches[rank].append(MicroBatch(part, ratio))
+            if uneven is None:
+                parts = writer.cut(block.sequence, len(block.ranks))
+            else:
+                parts = cut(block.sequence, uneven.shares)
+            for place, (rank, part) in enumerate(zip(block.ranks, parts, strict=True)):
+                rows = writer.rows[rank]
+                if before:
+                    rows += self._pack(before.get((rank, number), ()))
+                beside = writer.whole(uneven.whole[place]) if uneven else ()
+                rows.append([*beside, *part])
         for rank, sequences in enumerate(filled.at_end):
-            batches[rank] += self._pack(sequences)
-        return StepPlan(
-            lengths=tuple(self.lengths),
-            tokens_per_rank=self.capacity,
-            micro_batches=tuple(map(tuple, batches)),
-            ulysses=tuple(sorted(ulysses)),
-            offloadable=self.offloadable,
-        )
+            writer.rows[rank] += self._pack(sequences)
+        return writer.plan()
 
-    def _ratio(self, num_tokens: int) -> float:
-        if self.host_memory is None:
-            return 0.0
-        return self.host_memory.ratio(num_tokens, tokens_per_rank=self.capacity)
-
-    def _pieces(self, sequences: Sequence[int]) -> list[Piece]:
-        return [Piece(i, 0, self.lengths[i]) for i in sorted(sequences)]
-
-    def _pack(self, sequences: Sequence[int]) -> list[MicroBatch]:
+    def _pack(self, sequences: Sequence[int]) -> list[list[Piece]]:
         """First fit, longest first."""
         lengths = self.lengths
         bins: list[list[Piece]] = []
@@ -270,4 +255,4 @@ class _Search:
             else:
                 rooms.append(self.capacity - length)
                 bins.append([Piece(sequence, 0, length)])
-        return [MicroBatch(tuple(pieces)) for pieces in bins]
+        return bins

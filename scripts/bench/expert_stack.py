@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.dispatch.protocol import Dispatcher
-from moe.experts import run_experts
 from moe.records import Routing
 from moe.router import router_logits, softmax_topk
 
 Layer = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+"""See `moe.schedule.serial.ExpertPath`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,8 @@ class Shape:
     """Direction i has i^-skew of the tokens."""
     num_hashes: int = 2
     hash_dim: int = 16
+    expected_rate: float = 0.25
+    """What compression is expected to send, for the choice of chunks."""
 
 
 @dataclass(slots=True)
@@ -124,12 +125,6 @@ class Stack:
         weights = [weight for pair in self.experts for weight in pair]
         leaves = [first, *self.routers, *weights]
         return list(torch.autograd.grad(last, leaves, torch.ones_like(last) / last.numel()))
-
-
-def in_one(dispatcher: Dispatcher, tokens: Tensor, routing: Routing, *weights: Tensor) -> Tensor:
-    """The layer, one thing after another."""
-    trip = dispatcher.dispatch(tokens, routing)
-    return trip.combine(run_experts(trip.rows, trip.counts, *weights))
 
 
 def measure(stack: Stack, layers: dict[str, Layer]) -> dict[str, dict[str, float]]:

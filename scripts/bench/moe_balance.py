@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -72,13 +71,13 @@ def settings(
             "tokens_per_rank": 256,
         },
         "train": {
-            "train_iters": 160,
+            "train_iters": 400,
             "global_batch_tokens": 16 * 256,
             "seed": seed,
             "eval_interval": 0,
             "eval_tokens": 90_000,
         },
-        "optim": {"lr": 4e-3, "lr_decay_style": "linear", "lr_warmup_iters": 20},
+        "optim": {"lr": 3e-3, "lr_decay_style": "linear", "lr_warmup_iters": 40},
         "moe": {
             "num_moe_experts": 12,
             "moe_router_topk": 2,
@@ -185,9 +184,9 @@ def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def mean_and_spread(values: Sequence[float]) -> list[float]:
-    """[mean, standard deviation of the sample]; the latter is NaN of one value."""
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+def mean_and_spread(values: Sequence[float]) -> list[float | None]:
+    """[mean, standard deviation of the sample]; one value has no deviation (null in JSON)."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
     return [statistics.fmean(values), spread]
 
 
@@ -200,7 +199,10 @@ def table(rows: Sequence[dict[str, Any]], deltas: Sequence[dict[str, Any]]) -> s
     named = [(row["kind"], row) for row in rows]
     named += [("global - micro", row) for row in deltas]
     for name, row in named:
-        cells = [f"{row[key][0]:.4f} +- {row[key][1]:.4f}" for key in FIGURES]
+        cells = [
+            f"{mean:.4f}" if spread is None else f"{mean:.4f} +- {spread:.4f}"
+            for mean, spread in (row[key] for key in FIGURES)
+        ]
         head = f"| {name} | {row['coefficient']:g} | {row['seeds']} | "
         lines.append(head + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -244,7 +246,9 @@ def main() -> None:
     print(table(rows, deltas))
     if arguments.json:
         report = {"date": str(date.today()), "summary": rows, "differences": deltas, "runs": runs}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(
+            json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
     if arguments.picture:
         draw(runs, arguments.picture, coefficient=arguments.coefficient, seed=SEEDS[0])
 

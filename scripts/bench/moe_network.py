@@ -20,17 +20,18 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moe.dispatch.compressed import CompressedDispatcher
+from moe.dispatch.compressed import Compression, Place
 from moe.dispatch.exact import ExactDispatcher
 from moe.dispatch.hierarchical import HierarchicalDispatcher, make_node_groups
-from moe.dispatch.per_expert import PerExpertDispatcher, Wire
+from moe.dispatch.hooks import HookMaker, Hooks
+from moe.dispatch.payload import Payload, Wire, row_bytes
+from moe.dispatch.per_expert import PerExpert
 from moe.lsh.counters import CompressionCounters
 from moe.lsh.hash import draw_rotations
 from moe.schedule.choose import Chunking, PassCost
@@ -38,7 +39,8 @@ from moe.schedule.choose_layer import LayerLoad, choose_for
 from moe.schedule.chunked import ChunkedExperts
 from moe.schedule.lanes import ThreadLanes
 from moe.schedule.profile import LayerProfile, LegProfile, measure_experts, measure_leg
-from scripts.bench.expert_stack import Layer, Shape, Stack, in_one, measure
+from moe.schedule.serial import SerialExperts
+from scripts.bench.expert_stack import Layer, Shape, Stack, measure
 from scripts.bench.shaped_hosts import run_ranks, shaped_hosts
 
 
@@ -98,18 +100,28 @@ def make_way(stack: Stack, name: str, lanes: ThreadLanes) -> Way:
         legs = [("inter", groups.across), ("intra", groups.inside)]
         return chunked_way(stack, HierarchicalDispatcher(groups), legs, shape.hosts, lanes)
     if name == "per expert":
-        return Way(partial(in_one, PerExpertDispatcher(group)))
-    payload = "int8" if name.endswith("int8") else "none"
+        return Way(SerialExperts(ExactDispatcher(group), PerExpert))
+    payload: Payload = "int8" if name.endswith("int8") else "none"
     counters = CompressionCounters()
-    compressed = CompressedDispatcher(
+    compression = Compression(
         draw_rotations(
             shape.hidden_size, num_hashes=shape.num_hashes, hash_dim=shape.hash_dim, seed=0
         ),
-        group=group,
-        wire=Wire(payload=payload, gradient_payload=payload),
+        payload=payload,
+        place=Place(group.rank(), group.size()),
         counters=counters,
     )
-    return Way(partial(in_one, compressed), counters)
+    return chunked_way(
+        stack,
+        ExactDispatcher(group, wire=Wire(payload, gradient_payload=payload)),
+        [("inter", group)],
+        None,
+        lanes,
+        hooks=compression,
+        payload=payload,
+        rate=shape.expected_rate,
+        counters=counters,
+    )
 
 
 def chunked_way(
@@ -118,7 +130,13 @@ def chunked_way(
     legs: list[tuple[Any, dist.ProcessGroup]],
     num_nodes: int | None,
     lanes: ThreadLanes,
+    *,
+    hooks: HookMaker = Hooks,
+    payload: Payload = "none",
+    rate: float | None = None,
+    counters: CompressionCounters | None = None,
 ) -> Way:
+    """rate: see `LayerLoad`."""
     shape = stack.shape
     load = LayerLoad(
         num_tokens=shape.tokens,
@@ -126,7 +144,8 @@ def chunked_way(
         topk=shape.topk,
         num_ranks=dist.get_world_size(),
         num_nodes=num_nodes,
-        row_bytes=4 * shape.hidden_size,
+        row_bytes=row_bytes(shape.hidden_size, payload=payload, dtype=torch.float32),
+        rate=rate,
     )
     found = profile(stack, legs, load)
     tried = [
@@ -134,10 +153,11 @@ def chunked_way(
         *((Chunking.of(number), Chunking.of(number)) for number in shape.chunks),
     ]
     return Way(
-        partial(in_one, dispatcher),
+        SerialExperts(dispatcher, hooks),
+        counters,
         chunked={
             f"{forward.num_chunks} + {backward.num_chunks}": ChunkedExperts(
-                dispatcher, lanes, forward=forward, backward=backward
+                dispatcher, lanes, forward=forward, backward=backward, make_hooks=hooks
             )
             for forward, backward in tried
         },

@@ -52,6 +52,10 @@ def test_groups_are_expert_parallel_ranks_unless_said() -> None:
         ({TYPE: [], COEFF: []}, "one or more different losses"),
         ({DEVICE: 0.1}, "to one of 2, 3, 6"),
         ({DEVICE: 0.1, GROUPS: 4}, "to one of 2, 3, 6"),
+        (
+            {TYPE: "aux_loss", COEFF: 0.1, "moe__moe_router_inputs_on_host": True},
+            "moe_router_inputs_on_host=true does nothing",
+        ),
         ({GROUPS: 2}, "needs moe.moe_device_aux_loss_coeff"),
     ],
 )

@@ -12,18 +12,17 @@ from typing import Any
 
 import pytest
 
+from tests.megatron_ext.layout_settings import EP2, PLAIN, PP2, ZERO1
 from tests.megatron_ext.test_moe_equals_single import (
     BATCH,
-    EP2,
     LAYOUTS,
     MOE,
     Single,
     check_equal,
     train_with_margins,
 )
-from tests.megatron_ext.test_parallel_equals_single import PLAIN, PP2, ZERO1
 from tests.megatron_ext.test_resume import resume_train, train_save_train
-from tests.megatron_ext.tiny_run import make_corpus, tiny_tree, train_and_report
+from tests.megatron_ext.tiny_run import tiny_tree, train_and_report
 from tests.rank_pool import Ranks
 
 NUM_STEPS = 5
@@ -37,11 +36,6 @@ BALANCED: dict[str, Any] = {
         "moe_device_aux_loss_num_groups": 2,
     }
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import pickle
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_ext.checkpoint import folder
 from megatron_ext.checkpoint.metadata_guard import check_metadata
@@ -89,6 +91,31 @@ def test_a_poisoned_pickle_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"posix\.system"):
         check_metadata(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+class _ByGetattr:
+    """Written as Python 3.11.0 to 3.11.3 write a member of an enum: getattr(owner, name)."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enums_may_be_asked_for_by_name(tmp_path: Path) -> None:
+    member = WriteItemType.TENSOR
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_ByGetattr(WriteItemType, member.name)))
+    check_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(WriteItemType, "__class__"), (Metadata, "__init__"), (dict, "clear")]
+)
+def test_nothing_else_may_be_asked_for_by_name(tmp_path: Path, owner: object, name: str) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_ByGetattr(owner, name)))
+    with pytest.raises(UserError, match=rf"getattr\(.*{name}"):
+        check_metadata(tmp_path)
 
 
 def test_unrestricted_loading_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,19 @@ def test_a_broken_file_is_refused_with_its_name(tmp_path: Path, text: str) -> No
         read_cost_profile(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize("broken", [{"linear_seconds": float("nan")}, {"fixed_seconds": -1.0}])
+def test_constants_that_compare_no_plans_are_refused(
+    tmp_path: Path, broken: dict[str, float]
+) -> None:
+    path = tmp_path / "broken.json"
+    PROFILE.write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | broken))
+    with pytest.raises(
+        UserError, match=rf"broken\.json: not a cost profile \({next(iter(broken))}"
+    ):
+        read_cost_profile(path)
+
+
 def test_everything_that_costs_is_told_apart() -> None:
     from megatron_ext.cost_profile import subject_of
 

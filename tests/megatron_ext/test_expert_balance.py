@@ -18,11 +18,11 @@ from torch import Tensor
 
 from parallel.plan.hdp import plan_hdp
 from parallel.plan.records import MicroBatch, StepPlan
+from tests.megatron_ext.layout_settings import EP2, PLAIN, PP2, SP, TP2, VPP2
 from tests.megatron_ext.planned_step import RandomTexts, single_plan
 from tests.megatron_ext.test_hdp_equals_single import BATCHES, CAPACITY, COSTS, random_plan
-from tests.megatron_ext.test_moe_equals_single import EP2, RECOMPUTE
-from tests.megatron_ext.test_parallel_equals_single import PLAIN, PP2, SP, TP2, VPP2
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
+from tests.megatron_ext.test_moe_equals_single import RECOMPUTE
+from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import Ranks
 
 # Of the router's own gradient; so large that its float32 sum with all others loses none of it.
@@ -57,11 +57,6 @@ LAYOUTS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "EP2xPP2 interleaved+ZeRO-1": (4, 2, 2, EP2 | PP2 | VPP2),
     "DP8+ZeRO-1": (8, 8, 1, {}),
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def balance_terms(tree: dict[str, Any], plans: Sequence[StepPlan]) -> list[dict[int, Any]]:

@@ -9,20 +9,15 @@ import pytest
 
 from megatron_ext.config_check import check_config
 from megatron_ext.errors import UserError
+from tests.megatron_ext.layout_settings import EP2, PLAIN, ZERO1
 from tests.megatron_ext.test_config_check import tree_config
 from tests.megatron_ext.test_moe_equals_single import MOE, norm_of
-from tests.megatron_ext.test_parallel_equals_single import PLAIN, ZERO1, merged
+from tests.megatron_ext.test_parallel_equals_single import merged
 from tests.megatron_ext.test_resume import resume_train, train_save_train
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree, train_and_report
+from tests.megatron_ext.tiny_run import opened, tiny_tree, train_and_report
 from tests.rank_pool import Ranks
 
 LSH = {"moe_lsh_num_hashes": 3, "moe_lsh_hash_dim": 2}
-EP2 = {"expert_model_parallel_size": 2}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def step_records(tree: dict[str, Any], num_steps: int) -> list[dict[str, Any]]:
@@ -69,8 +64,10 @@ def test_warm_up_is_exact_and_then_layers_are_compressed(ranks: Ranks, corpus: P
 def test_who_has_the_experts_does_not_matter(ranks: Ranks, corpus: Path) -> None:
     """Buckets are of a rank's own tokens, so two ranks with all experts do the same."""
     reports = []
-    for parallel in (PLAIN, EP2 | PLAIN, EP2 | ZERO1):
-        tree = tiny_tree(corpus, corpus.parent / "spread", parallel=parallel, moe=MOE | LSH)
+    in_chunks = {"moe_num_chunks": 3, "moe_num_backward_chunks": 2}
+    for parallel, more in ((PLAIN, {}), (EP2 | PLAIN, {}), (EP2 | ZERO1, in_chunks)):
+        moe = MOE | LSH | more
+        tree = tiny_tree(corpus, corpus.parent / "spread", parallel=parallel, moe=moe)
         reports.append(ranks.run(2, train_and_report, tree, 3, megatron=True))
     for found in reports[1:]:
         for step in range(3):
@@ -105,10 +102,6 @@ def test_resumes_bit_by_bit_across_the_warm_up(ranks: Ranks, corpus: Path, tmp_p
             "use moe.moe_lsh_centroid=mean",
         ),
         (LSH | {"moe_lsh_layers": []}, "compresses nothing"),
-        (
-            LSH | {"moe_token_dispatcher_type": "hierarchical"},
-            "not over moe.moe_token_dispatcher_type=hierarchical",
-        ),
     ],
 )
 def test_rules(fields: dict[str, Any], text: str) -> None:

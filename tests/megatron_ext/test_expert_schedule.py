@@ -9,10 +9,11 @@ import pytest
 
 from megatron_ext.config_check import check_config
 from megatron_ext.errors import UserError
+from tests.megatron_ext.layout_settings import EP2, PLAIN, PP2, ZERO1
 from tests.megatron_ext.test_config_check import tree_config
-from tests.megatron_ext.test_moe_equals_single import BATCH, EP2, EP4, MOE, TWO_A_NODE
-from tests.megatron_ext.test_parallel_equals_single import PLAIN, PP2, TOLERANCE, ZERO1
-from tests.megatron_ext.tiny_run import make_corpus, tiny_tree, train_and_report
+from tests.megatron_ext.test_moe_equals_single import BATCH, EP4, MOE, TWO_A_NODE
+from tests.megatron_ext.test_parallel_equals_single import TOLERANCE
+from tests.megatron_ext.tiny_run import tiny_tree, train_and_report
 from tests.rank_pool import Ranks
 
 NUM_STEPS = 2
@@ -23,11 +24,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "EP4 on two nodes": (4, EP4 | PLAIN | TWO_A_NODE, {"moe_num_chunks": 4}),
     "EP2xPP2 recomputed": (4, EP2 | PP2 | PLAIN | RECOMPUTED, {"moe_num_chunks": 2}),
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +56,13 @@ EXPERTS = {"moe__num_moe_experts": 4, "parallel__expert_model_parallel_size": 2}
             "deep_ep sends a micro-batch at once",
         ),
         (
-            EXPERTS | {"moe__moe_num_backward_chunks": "auto", "moe__moe_lsh_num_hashes": 2},
-            "compresses every layer",
+            EXPERTS | {"moe__moe_num_chunks": 2, "parallel__grad_reduce_in_gaps": True},
+            "grad_reduce_in_gaps=true needs parallel.overlap_grad_reduce",
+        ),
+        (
+            EXPERTS
+            | {"parallel__overlap_grad_reduce": True, "parallel__grad_reduce_in_gaps": True},
+            "there are gaps where tokens travel in chunks",
         ),
     ],
 )

@@ -7,16 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
+from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import Ranks
 
 HIDDEN_SIZE, FLOAT_BYTES = 32, 4
 RECOMPUTED = {"recompute_granularity": "full"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def steps_after_validation(tree: dict[str, Any]) -> list[dict[str, Any]]:

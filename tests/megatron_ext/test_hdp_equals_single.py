@@ -19,19 +19,14 @@ from parallel.plan.hdp import plan_hdp
 from parallel.plan.meetings import check_order
 from parallel.plan.records import MicroBatch, Piece, StepPlan
 from parallel.plan.static_cp import plan_static_cp
+from tests.megatron_ext.layout_settings import PLAIN, PP2, SP, TP2, VPP2
 from tests.megatron_ext.planned_step import run_plans, single_plan
-from tests.megatron_ext.tiny_run import make_corpus, tiny_tree
+from tests.megatron_ext.tiny_run import tiny_tree
 from tests.rank_pool import Ranks
 
 TOLERANCE = 1e-5
 CAPACITY = 64
 COSTS = CostModel(quadratic_seconds=1e-6, linear_seconds=1e-4, fixed_seconds=1e-3)
-
-PLAIN = {"use_distributed_optimizer": False}
-TP2 = {"tensor_model_parallel_size": 2}
-SP = {"sequence_parallel": True}
-PP2 = {"pipeline_model_parallel_size": 2}
-VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 
 # (ranks, data-parallel ranks among them, settings)
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -56,11 +51,6 @@ BATCHES: dict[str, list[int]] = {
 }
 # The planners of the configuration refuse sequences of no tokens; megatron's skips them.
 MEGATRON_BATCHES = BATCHES | {"some empty": [0, 5, 0, 120, 1, 64]}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ext.data.tokenizer import BytesTokenizer
 from parallel.plan.records import Piece
 from parallel.plan.rings import RowLayout
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
+from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import Ranks
 
 LENGTHS = (37, 61, 100)
@@ -28,11 +28,6 @@ TAILS: tuple[tuple[tuple[int, ...], int], ...] = (
     ((64, 64), 0),
     ((128, 3, 1, 27), 5),
 )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def tokens_of(length: int, *, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:

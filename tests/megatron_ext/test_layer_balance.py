@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.megatron_ext.planned_step import RandomTexts, single_plan
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
+from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import Ranks
 
 NUM_EXPERTS, TOPK = 4, 2
@@ -30,11 +31,6 @@ MOE: dict[str, Any] = {
 KEYS = {
     f"moe_{name}" for name in ("global_aux_loss", "aux_loss", "seq_aux_loss", "device_aux_loss")
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def lbl(probabilities: Tensor, experts: Tensor) -> Tensor:
@@ -84,6 +80,12 @@ def check_router(tree: dict[str, Any]) -> None:
         for value, expected_value in zip(found, expected, strict=True):
             difference = (value - expected_value).norm() / expected_value.norm()
             assert difference <= 1e-5, f"{difference:.2e}"
+        # Whom a full expert refuses has wanted it all the same.
+        excess = balance._statistics[1, -2:].clone()
+        balance._statistics.zero_()
+        router.options = replace(router.options, capacity_factor=0.5)
+        assert int(router(tokens, batch.documents).dropped.sum()) > 0
+        torch.testing.assert_close(balance._statistics[1, -2:], excess)
 
 
 @pytest.mark.parametrize("tensor_size", [1, 2])
@@ -147,10 +149,17 @@ def check_memory(tree: dict[str, Any]) -> None:
         balance._gradients = measured
         record: Any = train_step(run)
         num_layers, hidden_size = len(balance.routers), 32
+        keepers = [beside.inputs for beside in balance._beside.values()]
+        assert all(
+            inputs.is_on_host == run.config.moe.moe_router_inputs_on_host for inputs in keepers
+        )
         assert kept == [num_layers * record["tokens"] * hidden_size * run.device.dtype.itemsize]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_router_inputs_are_kept_in_the_models_dtype(ranks: Ranks, corpus: Path, dtype: str) -> None:
-    tree = tiny_tree(corpus, corpus.parent / "run", moe=MOE, precision={"dtype": dtype})
+@pytest.mark.parametrize(("dtype", "on_host"), [("fp32", True), ("bf16", False)])
+def test_router_inputs_are_kept_in_the_models_dtype(
+    ranks: Ranks, corpus: Path, dtype: str, on_host: bool
+) -> None:
+    moe = MOE | {"moe_router_inputs_on_host": on_host}
+    tree = tiny_tree(corpus, corpus.parent / "run", moe=moe, precision={"dtype": dtype})
     ranks.run(1, check_memory, tree, megatron=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree, whole_tensors
+from tests.megatron_ext.tiny_run import opened, tiny_tree, whole_tensors
 from tests.rank_pool import Ranks
 
 BETA1, BETA2, WEIGHT_DECAY = 0.9, 0.99, 0.1
@@ -113,11 +113,6 @@ def train_and_follow(tree: dict[str, Any], num_steps: int) -> dict[str, tuple[fl
         )
         for name in found
     }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.parametrize("zero", [False, True], ids=["plain", "ZeRO-1"])

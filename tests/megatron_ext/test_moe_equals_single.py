@@ -19,17 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.megatron_ext.test_parallel_equals_single import (
-    PLAIN,
-    PP2,
-    SP,
-    TOLERANCE,
-    TP2,
-    VPP2,
-    ZERO1,
-    merged,
-)
-from tests.megatron_ext.tiny_run import make_corpus, tiny_tree, train_and_report
+from tests.megatron_ext.layout_settings import EP2, PLAIN, PP2, SP, TP2, VPP2, ZERO1
+from tests.megatron_ext.test_parallel_equals_single import TOLERANCE, merged
+from tests.megatron_ext.tiny_run import tiny_tree, train_and_report
 from tests.rank_pool import Ranks
 
 NUM_STEPS = 5
@@ -39,7 +31,6 @@ NARROW = 1e-6
 TOLERANCE_AFTER_A_TIE = 1e-2
 BATCH = {"train": {"train_iters": 20, "global_batch_tokens": 512, "eval_interval": 0}}
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
-EP2 = {"expert_model_parallel_size": 2}
 EP4 = {"expert_model_parallel_size": 4}
 # As if every two ranks were a machine: tokens then travel in two legs.
 TWO_A_NODE = {"ranks_per_node": 2}
@@ -80,6 +71,8 @@ DEEPSEEK: dict[str, Any] = {
 # small there that with a smaller epsilon Adam would make steps of their rounding errors.
 SWITCH: dict[str, Any] = {
     "model": {"norm_position": "reordered"},
+    # A seed without a tie between experts in these steps.
+    "train": BATCH["train"] | {"seed": 5},
     "optim": {"adam_eps": 1e-4},
     "moe": MOE | {"moe_layer_freq": 2, "moe_router_topk": 1, "moe_router_pre_softmax": True},
 }
@@ -100,11 +93,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 Single = Callable[[str], dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

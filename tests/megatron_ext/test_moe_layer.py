@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
+from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import Ranks
 
 COEFF = 0.5
@@ -73,11 +73,6 @@ def check_layer(tree: dict[str, Any], num_tokens: int) -> None:
             # Sums of some hundred terms in float32.
             scale = float(wanted_value.abs().max())
             torch.testing.assert_close(value, wanted_value, rtol=0, atol=1e-5 * max(scale, 1.0))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.parametrize("name", MODELS)

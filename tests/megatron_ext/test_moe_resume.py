@@ -7,18 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.megatron_ext.test_moe_equals_single import DEEPSEEK, EP2, EP4, MOE
-from tests.megatron_ext.test_parallel_equals_single import PLAIN, PP2, SP, TP2, ZERO1
+from tests.megatron_ext.layout_settings import EP2, PLAIN, PP2, SP, TP2, ZERO1
+from tests.megatron_ext.test_moe_equals_single import DEEPSEEK, EP4, MOE
 from tests.megatron_ext.test_resume import resume_train, train_save_train
-from tests.megatron_ext.tiny_run import make_corpus, tiny_tree
+from tests.megatron_ext.tiny_run import tiny_tree
 from tests.rank_pool import RankError, Ranks
 
 Layout = tuple[int, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import folder
 from megatron_ext.metrics import read_metrics
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
+from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import Ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -23,11 +23,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline_model_parallel_size": 2},
 }
 BAD_RANK = 1
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 class BadStep:

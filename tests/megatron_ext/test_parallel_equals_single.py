@@ -14,17 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.megatron_ext.tiny_run import make_corpus, tiny_tree, train_and_report
+from tests.megatron_ext.layout_settings import PLAIN, PP2, SP, TP2, VPP2, ZERO1
+from tests.megatron_ext.tiny_run import tiny_tree, train_and_report
 
 NUM_STEPS = 20
 TOLERANCE = 1e-5
 
-TP2 = {"tensor_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
-VPP2 = {"virtual_pipeline_model_parallel_size": 2}
-SP = {"sequence_parallel": True}
-PLAIN = {"use_distributed_optimizer": False}
-ZERO1 = {"use_distributed_optimizer": True}
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, TP2 | PLAIN),
@@ -50,11 +45,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def single(ranks: Any, corpus: Path) -> Any:
     """Reports of one rank, by model options."""
 
@@ -65,6 +55,14 @@ def single(ranks: Any, corpus: Path) -> Any:
         return dict(only)
 
     return report
+
+
+def tree_of(corpus: Path, folder: str, layout: str, **sections: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a layout."""
+    # Each layer waits for the other rank in each micro-batch: two say as much as four.
+    data = {"tokens_per_rank": 512} if layout in {"TP2", "TP2+SP"} else {}
+    parallel = LAYOUTS[layout][1]
+    return tiny_tree(corpus, corpus.parent / folder, parallel=parallel, data=data, **sections)
 
 
 def merged(reports: list[dict[str, Any]], key: str, step: int | None = None) -> dict[str, Any]:
@@ -100,9 +98,8 @@ def check_equal(reports: list[dict[str, Any]], expected: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_single_rank(ranks: Any, corpus: Path, single: Any, layout: str) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    tree = tiny_tree(corpus, corpus.parent / "layouts", parallel=parallel)
-    reports = ranks.run(world_size, train_and_report, tree, NUM_STEPS, megatron=True)
+    tree = tree_of(corpus, "layouts", layout)
+    reports = ranks.run(LAYOUTS[layout][0], train_and_report, tree, NUM_STEPS, megatron=True)
     check_equal(reports, single(()))
 
 
@@ -118,9 +115,8 @@ def test_layout_equals_single_rank(ranks: Any, corpus: Path, single: Any, layout
 def test_model_options_equal_single_rank(
     ranks: Any, corpus: Path, single: Any, layout: str, options: dict[str, Any]
 ) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    tree = tiny_tree(corpus, corpus.parent / "options", parallel=parallel, model=options)
-    reports = ranks.run(world_size, train_and_report, tree, NUM_STEPS, megatron=True)
+    tree = tree_of(corpus, "options", layout, model=options)
+    reports = ranks.run(LAYOUTS[layout][0], train_and_report, tree, NUM_STEPS, megatron=True)
     check_equal(reports, single(tuple(options.items())))
 
 

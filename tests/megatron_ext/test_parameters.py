@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
+from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import Ranks
 
 
@@ -75,11 +74,6 @@ def described(tree: dict[str, dict[str, object]]) -> dict[str, tuple[tuple[int, 
             shard.name: (shard.whole_shape(run.mesh.along(shard.axis).size), shard.dim)
             for shard in parameter_shards(run.chunks)
         }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_names_and_whole_shapes_do_not_depend_on_the_layout(ranks: Ranks, corpus: Path) -> None:

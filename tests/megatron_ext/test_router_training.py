@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.megatron_ext.test_moe_equals_single import EP2, norm_of
-from tests.megatron_ext.test_parallel_equals_single import PLAIN, PP2, SP, TP2, ZERO1, merged
+from tests.megatron_ext.layout_settings import EP2, PLAIN, PP2, SP, TP2, ZERO1
+from tests.megatron_ext.test_moe_equals_single import norm_of
+from tests.megatron_ext.test_parallel_equals_single import merged
 from tests.megatron_ext.test_resume import resume_train, train_save_train
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree, train_and_report
+from tests.megatron_ext.tiny_run import opened, tiny_tree, train_and_report
 from tests.rank_pool import Ranks
 
 NUM_STEPS = 3
@@ -45,12 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2xPP2": (4, EP2 | PP2 | PLAIN),
     "EP2 recomputed": (2, EP2 | PLAIN | RECOMPUTED),
 }
-BATCH = {"train_iters": 20, "global_batch_tokens": 512, "eval_interval": 0}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+BATCH = {"train_iters": 20, "global_batch_tokens": 512, "eval_interval": 0, "seed": 3}
 
 
 def tree(corpus: Path, run_dir: Path, name: str, parallel: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext.data.workplace import METADATA_FILE
 from megatron_ext.errors import UserError
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_tree
+from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import RankError, Ranks
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def steps_and_places(tree: dict[str, Any], num_steps: int) -> list[tuple[Any, ...]]:
@@ -51,6 +50,55 @@ def test_prefetching_changes_nothing(ranks: Ranks, corpus: Path, tmp_path: Path)
     (first, second) = found[0]
     assert [step[0] for step in first] == [step[0] for step in second], "one plan for all ranks"
     assert [step[2] for step in first] != [step[2] for step in second], "each reads its own part"
+
+
+def digests(tree: dict[str, Any]) -> tuple[str, str]:
+    with opened(tree) as run:
+        step = run.loader.take(is_last=True)
+        return step.plan.digest(), step.digest
+
+
+def test_another_corpus_is_noticed_where_its_lengths_are_the_same(
+    ranks: Ranks, corpus: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(corpus, tmp_path / "other"))
+    metadata = json.loads((other / METADATA_FILE).read_text())
+    (other / METADATA_FILE).write_text(json.dumps(metadata | {"fingerprint": "ab" * 16}))
+    ((plan, digest),) = ranks.run(1, digests, tiny_tree(corpus, tmp_path / "run"), megatron=True)
+    ((same_plan, other_digest),) = ranks.run(
+        1, digests, tiny_tree(other, tmp_path / "run"), megatron=True
+    )
+    assert plan == same_plan
+    assert digest != other_digest
+
+
+def kept_on_device(tree: dict[str, Any]) -> list[list[bool]]:
+    """Which micro-batches are alive when one chunk took all, then as the second takes each."""
+    from megatron_ext.step import iterators_of_chunks
+
+    with opened(tree) as run:
+        batches = run.loader.take(is_last=True).batches[:1] * 3
+        first, second = iterators_of_chunks(batches, run.reader, num_chunks=2)
+        tokens = [weakref.ref(next(first).tokens) for _ in batches]
+        alive = [[token() is not None for token in tokens]]
+        for token in tokens:
+            taken = next(second)
+            assert taken.tokens is token(), "the chunks share them"
+            del taken
+            alive.append([token() is not None for token in tokens])
+    return alive
+
+
+def test_micro_batches_leave_the_device_when_all_chunks_have_taken_them(
+    ranks: Ranks, corpus: Path, tmp_path: Path
+) -> None:
+    (alive,) = ranks.run(1, kept_on_device, tiny_tree(corpus, tmp_path / "run"), megatron=True)
+    assert alive == [
+        [True, True, True],
+        [False, True, True],
+        [False, False, True],
+        [False, False, False],
+    ]
 
 
 def disagree(odd_rank: int) -> None:

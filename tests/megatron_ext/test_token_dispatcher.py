@@ -12,13 +12,8 @@ import torch.distributed as dist
 from megatron_ext.errors import UserError
 from megatron_ext.token_dispatcher import choose_dispatcher, expert_node_groups
 from moe.dispatch.deepep import has_deep_ep
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_config, tiny_tree
+from tests.megatron_ext.tiny_run import opened, tiny_config, tiny_tree
 from tests.rank_pool import RankError, Ranks
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def tree_of(corpus: Path, kind: str, **parallel: int) -> dict[str, Any]:

@@ -10,13 +10,9 @@ import pytest
 
 from megatron_ext.data.corpus import Corpus
 from megatron_ext.training_data import SequenceRef, TrainingData, validation_groups
-from tests.megatron_ext.tiny_run import make_corpus, opened, tiny_config, tiny_tree
+from parallel.plan.records import StepPlan
+from tests.megatron_ext.tiny_run import opened, tiny_config, tiny_tree
 from tests.rank_pool import Ranks
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_validation_takes_whole_documents_once(corpus: Path, tmp_path: Path) -> None:
@@ -72,6 +68,61 @@ def test_bits_per_byte_does_not_depend_on_the_layout(
         assert found == pytest.approx(expected, abs=1e-5)
     # An untrained model knows nothing: about log2 of the padded vocabulary for each byte.
     assert expected["validation_bits_per_byte"] == pytest.approx(math.log2(384), rel=0.05)
+
+
+def trained_and_validated(tree: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Twice the figures; whether a rank's first micro-batch meets another's later one."""
+    from megatron_ext.trainer import train_step
+    from megatron_ext.validation import validate
+
+    with opened(tree) as run:
+        train_step(run)
+        first = dict(validate(run))
+        steps = run.held_out.steps
+        assert dict(validate(run)) == first
+        assert run.held_out.steps is steps, "planned once"
+    return first, any(_first_meets_later(plan) for plan, _ in steps)
+
+
+def _first_meets_later(plan: StepPlan) -> bool:
+    found: dict[int, set[int]] = {}
+    for batches in plan.micro_batches:
+        for index, batch in enumerate(batches):
+            for piece in batch.pieces:
+                found.setdefault(piece.sequence, set()).add(index)
+    return any(0 in indices and len(indices) > 1 for indices in found.values())
+
+
+def test_gathering_of_weights_does_not_wait_for_what_waits_for_it(
+    ranks: Ranks, corpus: Path, tmp_path: Path
+) -> None:
+    """Gathered inside the first forward, weights would wait for a rank whose first forward waits
+    for this one's second."""
+    tree = tiny_tree(
+        corpus,
+        tmp_path / "run",
+        data={"max_sequence_length": 1024, "tokens_per_rank": 512},
+        train={"global_batch_tokens": 2048, "eval_tokens": 1000},
+    )
+    found = []
+    for overlap in (True, False):
+        parallel = {
+            "planner": "hdp",
+            "overlap_param_gather": overlap,
+            "overlap_grad_reduce": overlap,
+            "ddp_bucket_size": 4000 if overlap else None,
+        }
+        reports = ranks.run(
+            3,
+            trained_and_validated,
+            tree | {"parallel": parallel},
+            megatron=True,
+            timeout_seconds=90.0,
+        )
+        assert all(is_crossed for _, is_crossed in reports), "the plans test nothing"
+        found += [figures for figures, _ in reports]
+    for figures in found[1:]:
+        assert figures == pytest.approx(found[0], rel=1e-5)
 
 
 def test_corpora_are_blended_by_tokens(corpus: Path, tmp_path: Path) -> None:

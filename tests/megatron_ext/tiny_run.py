@@ -1,9 +1,17 @@
-"""A run small enough for tests: a tiny model on a few files of the standard library."""
+"""A run small enough for tests: a tiny model on a few source files.
+
+They are files of megatron-core, whose version is pinned: the same text under every Python. How far
+rounding spreads depends on the text, and with the standard library's it did on its version.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import sysconfig
+import functools
+import importlib.metadata
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +26,30 @@ from megatron_ext.config_file import check_tree
 from megatron_ext.data.prepare import prepare
 from megatron_ext.data.settings import PrepareSettings
 
-FILES = ("bisect.py", "heapq.py", "keyword.py", "textwrap.py", "contextlib.py", "colorsys.py")
+FILES = (
+    "enums.py",
+    "_rank_utils.py",
+    "hyper_comm_grid.py",
+    "optimizer_param_scheduler.py",
+    "process_groups_config.py",
+    "timers.py",
+)
 
 
 def make_corpus(folder: Path) -> Path:
-    """Bytes of a few library files, a third held out."""
+    """Bytes of these files, a fifth held out; prepared once for all tests."""
+    return shutil.copytree(_prepared_corpus(), folder / "corpus")
+
+
+@functools.cache
+def _prepared_corpus() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="megatron-ext-corpus-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source = folder / "source"
     source.mkdir(parents=True)
+    package = importlib.metadata.distribution("megatron-core")
     for name in FILES:
-        text = (Path(sysconfig.get_paths()["stdlib"]) / name).read_text(encoding="utf-8")
+        text = Path(str(package.locate_file(f"megatron/core/{name}"))).read_text(encoding="utf-8")
         # Documents of uneven length: every 60 lines are one.
         lines = text.splitlines(keepends=True)
         for start in range(0, len(lines), 60):
@@ -93,31 +116,47 @@ def whole_tensors(run: Any, which: str) -> dict[str, Tensor]:
     """Global name -> whole tensor ("weight" or "grad"), for the parameters of this stage.
 
     Gathers over the data-parallel ranks (the distributed optimizer holds a range on each) and over
-    the tensor-parallel ranks.
+    the tensor-parallel ranks; those of one axis all at once, for each collective takes its time.
     """
-    from megatron_ext.optimizer import main_parameter
     from megatron_ext.parameters import parameter_shards
 
     mesh = run.mesh
     found: dict[str, Tensor] = {}
+    by_axis: dict[str, list[Any]] = {}
     for shard in parameter_shards(run.chunks):
-        local = shard.parameter.detach().float()
+        by_axis.setdefault(shard.axis, []).append(shard)
+    for axis, shards in by_axis.items():
         if which == "grad":
-            flat = torch.zeros(shard.parameter.numel())
-            part = run.optimizer.chained_optimizers[1 if shard.axis == "expert" else 0]
-            held = main_parameter(part, shard.parameter)
-            if held is not None:
-                main, span = held
-                assert main.grad is not None
-                flat[span] = main.grad.detach().float().reshape(-1)
-            if hasattr(part, "model_param_group_index_map"):
-                dist.all_reduce(flat, group=mesh.replicas(shard.axis).group)
-            local = flat.reshape(shard.parameter.shape)
-        ranks = mesh.along(shard.axis)
-        blocks = [torch.empty_like(local) for _ in range(ranks.size)]
-        dist.all_gather(blocks, local.contiguous(), group=ranks.group)
-        found[shard.name] = shard.join(blocks).clone()
+            flat = _flat_grads(run, axis, shards)
+        else:
+            flat = torch.cat([shard.parameter.detach().float().reshape(-1) for shard in shards])
+        ranks = mesh.along(axis)
+        gathered = [torch.empty_like(flat) for _ in range(ranks.size)]
+        dist.all_gather(gathered, flat, group=ranks.group)
+        sizes = [shard.parameter.numel() for shard in shards]
+        of_ranks = [torch.split(whole, sizes) for whole in gathered]
+        for shard, *blocks in zip(shards, *of_ranks, strict=True):
+            shape = shard.parameter.shape
+            found[shard.name] = shard.join([block.view(shape) for block in blocks]).clone()
     return found
+
+
+def _flat_grads(run: Any, axis: str, shards: list[Any]) -> Tensor:
+    """Gradients of this rank's shards of one axis, one after the other."""
+    from megatron_ext.optimizer import main_parameter
+
+    part = run.optimizer.chained_optimizers[1 if axis == "expert" else 0]
+    grads = [torch.zeros(shard.parameter.numel()) for shard in shards]
+    for shard, flat in zip(shards, grads, strict=True):
+        held = main_parameter(part, shard.parameter)
+        if held is not None:
+            main, span = held
+            assert main.grad is not None
+            flat[span] = main.grad.detach().float().reshape(-1)
+    whole = torch.cat(grads)
+    if hasattr(part, "model_param_group_index_map"):
+        dist.all_reduce(whole, group=run.mesh.replicas(axis).group)
+    return whole
 
 
 def train_and_report(tree: dict[str, Any], num_steps: int) -> dict[str, Any]:

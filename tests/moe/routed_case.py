@@ -10,8 +10,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.dispatch.protocol import Dispatcher
-from moe.experts import run_experts
 from moe.records import Routing
 from moe.router import count_tokens
 
@@ -83,16 +81,6 @@ def routing_of(experts: Tensor, weights: Tensor, *, num_experts: int) -> Routing
         counts=counts,
         dropped=torch.zeros_like(counts) if has_nowhere else None,
     )
-
-
-def in_parts(dispatcher: Dispatcher) -> Layer:
-    """The layer as dispatch, experts, combine."""
-
-    def layer(tokens: Tensor, routing: Routing, linear_fc1: Tensor, linear_fc2: Tensor) -> Tensor:
-        trip = dispatcher.dispatch(tokens, routing)
-        return trip.combine(run_experts(trip.rows, trip.counts, linear_fc1, linear_fc2))
-
-    return layer
 
 
 def output_and_gradients(layer: Layer, case: RoutedCase, dtype: torch.dtype) -> list[Tensor]:

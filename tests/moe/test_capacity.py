@@ -50,6 +50,7 @@ def test_a_choice_is_kept_or_dropped_and_no_expert_is_overfull(
     assert found.dropped is not None
     assert torch.equal(found.demand, free.counts), "every choice is counted once"
     assert found.counts.tolist() == [min(count, capacity) for count in free.counts.tolist()]
+    assert torch.equal(found.wanted, free.experts)
     assert found.num_rows() == int((found.experts < num_experts).sum())
     kept = found.experts == free.experts
     assert bool((kept | (found.experts == num_experts)).all())

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from moe.permutation import inverse, order_by_expert, permute, reorder, unpermute
+from moe.permutation import order_by_expert, permute, unpermute
 from moe.reference import permute_reference, unpermute_reference
 from tests.moe.routed_case import RoutedCase, cases
 
@@ -62,17 +61,6 @@ def test_sums_in_bf16_are_made_in_float32() -> None:
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     permutation = order_by_expert(torch.tensor([[0, 1, 2]]))
     assert unpermute(rows, torch.ones(1, 3), permutation).item() == 258.0
-
-
-def reordered(rows: Tensor, order: Tensor) -> Tensor:
-    return reorder(rows, order=order, places=inverse(order))
-
-
-def test_reorder_and_its_gradient() -> None:
-    order = torch.randperm(9)
-    rows = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(reordered(rows, order), rows[order])
-    assert torch.autograd.gradcheck(lambda rows: reordered(rows, order), rows)
 
 
 @given(case=cases(), share=st.sampled_from([0.0, 0.3, 1.0]))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.dispatch.exact import ExactDispatcher
+from moe.dispatch.hooks import Hooks
 from moe.dispatch.local import LocalDispatcher
 from moe.experts import run_experts
 from moe.gate.cosine import cosine_logits
@@ -83,8 +84,13 @@ def tokens_and_grad(num_tokens: int) -> list[Tensor]:
     return [torch.randn(num_tokens, HIDDEN, generator=generator).double() for _ in range(2)]
 
 
-def spread(name: str, split: str) -> dict[str, Any]:
-    """This rank's part: its tokens, all routers, its experts."""
+def spread(name: str) -> dict[str, dict[str, Any]]:
+    """This rank's part of every split."""
+    return {split: spread_one(name, split) for split in SPLITS}
+
+
+def spread_one(name: str, split: str) -> dict[str, Any]:
+    """Its tokens, all routers, its experts."""
     lengths, rank, size = SPLITS[split], dist.get_rank(), dist.get_world_size()
     if size == 1:
         lengths = [sum(lengths)]
@@ -97,7 +103,8 @@ def spread(name: str, split: str) -> dict[str, Any]:
     routing = choose(name, split, leaves[0], first, leaves[1:5])
     group = dist.group.WORLD
     assert group is not None
-    trip = (LocalDispatcher() if size == 1 else ExactDispatcher(group)).dispatch(leaves[0], routing)
+    dispatcher = LocalDispatcher() if size == 1 else ExactDispatcher(group)
+    trip = dispatcher.dispatch(leaves[0], routing, Hooks())
     output = trip.combine(run_experts(trip.rows, trip.counts, leaves[5], leaves[6]))
     grads = torch.autograd.grad(output, leaves, grad, allow_unused=True)
     found = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
@@ -140,9 +147,10 @@ def check(name: str, split: str, reports: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_layer_is_the_dense_loop_on_one_rank_and_two(ranks: Ranks, name: str) -> None:
-    for split in SPLITS:
-        for world_size in (1, 2):
-            check(name, split, ranks.run(world_size, spread, name, split))
+    for world_size in (1, 2):
+        reports = ranks.run(world_size, spread, name)
+        for split in SPLITS:
+            check(name, split, [report[split] for report in reports])
 
 
 def test_pushes_do_what_they_say() -> None:

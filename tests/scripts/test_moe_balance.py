@@ -111,7 +111,7 @@ def test_differences_are_seed_by_seed() -> None:
     rows = summarise(runs)
     assert [(row["kind"], row["seeds"]) for row in rows] == [("global", 3), ("micro", 2)]
     assert rows[1]["validation_loss"] == pytest.approx([2.5, math.sqrt(2)])
-    assert math.isnan(mean_and_spread([1.0])[1])
+    assert mean_and_spread([1.0]) == [1.0, None]
 
 
 def test_table_json_and_picture(
@@ -125,7 +125,17 @@ def test_table_json_and_picture(
     printed = capsys.readouterr().out
     assert "| global | 0.01 | 2 | 3.1000 +- 0.1414 |" in printed
     assert "| global - micro | 0.01 | 2 | -0.1500 +- 0.0707 |" in printed
-    assert len(json.loads(report.read_text())["runs"]) == 5
+    # One seed has no spread.
+    assert "| none | 0 | 1 | 3.5000 | " in printed
+    assert "nan" not in printed
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    found = json.loads(report.read_text(), parse_constant=refuse)
+    assert len(found["runs"]) == 5
+    (alone,) = (row for row in found["summary"] if row["kind"] == "none")
+    assert alone["validation_loss"] == [3.5, None]
     assert imread(picture).std() > 0.01
 
 

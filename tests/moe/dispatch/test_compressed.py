@@ -9,15 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.dispatch.compressed import CompressedDispatcher
-from moe.dispatch.payload import Payload
-from moe.dispatch.per_expert import PerExpertDispatcher, Wire
+from moe.dispatch.compressed import Compression
+from moe.dispatch.local import LocalDispatcher
+from moe.dispatch.payload import Payload, rounded_rows
+from moe.dispatch.per_expert import PerExpert
 from moe.lsh.counters import CompressionCounters
 from moe.lsh.hash import hash_rows
 from moe.records import Routing
 from moe.reference import dense_loop
+from moe.schedule.serial import SerialExperts
 from tests.moe.lsh.lsh_case import LshCase, lsh_cases, singletons
-from tests.moe.routed_case import RoutedCase, in_parts, output_and_gradients
+from tests.moe.routed_case import RoutedCase, output_and_gradients
 
 
 @settings(max_examples=50)
@@ -42,14 +44,14 @@ def test_every_token_its_own_bucket_is_the_exact_trip_bit_by_bit(
     routed = RoutedCase(num_tokens, num_experts, 2, hidden_size=hidden_size, seed=seed)
     case = singletons(routed)
     found = output_and_gradients(case.layer, routed, dtype)
-    wanted = output_and_gradients(in_parts(PerExpertDispatcher()), routed, dtype)
+    wanted = output_and_gradients(SerialExperts(LocalDispatcher(), PerExpert), routed, dtype)
     for value, wanted_value in zip(found, wanted, strict=True):
         assert torch.equal(value, wanted_value)
 
 
 def test_the_exact_trip_is_the_dense_loop() -> None:
     case = RoutedCase(50, 5, 3)
-    found = output_and_gradients(in_parts(PerExpertDispatcher()), case, torch.float64)
+    found = output_and_gradients(SerialExperts(LocalDispatcher(), PerExpert), case, torch.float64)
     torch.testing.assert_close(found, output_and_gradients(dense_loop, case, torch.float64))
 
 
@@ -60,8 +62,8 @@ def test_equal_tokens_go_as_one_and_nothing_is_lost() -> None:
     tokens = tokens[:1].expand(40, -1).contiguous()
     routing = case.routed.routing(weights)
     counters = CompressionCounters()
-    dispatcher = replace(case.dispatcher(), counters=counters)
-    output = in_parts(dispatcher)(tokens, routing, fc1, fc2)
+    compression = replace(case.compression(), counters=counters)
+    output = SerialExperts(LocalDispatcher(), compression)(tokens, routing, fc1, fc2)
     torch.testing.assert_close(output, dense_loop(tokens, routing, fc1, fc2))
     report = counters.take()
     assert (report.num_rows, report.num_sent) == (80, 4)
@@ -76,9 +78,10 @@ def test_residuals_make_up_for_what_the_centroid_is_not() -> None:
     routing = routed.routing(weights.softmax(dim=-1))
     for scale, is_exact in ((1.0, True), (0.5, False), (0.0, False)):
         case = LshCase(routed, num_hashes=1, residual_scale=scale)
-        trip = case.dispatcher().dispatch(tokens, routing)
-        assert trip.rows.shape[0] < 20
-        error = float((trip.combine(trip.rows) - tokens).norm() / tokens.norm())
+        trip = case.compression()()
+        centroids, _ = trip.before_dispatch(tokens, routing)
+        assert centroids.shape[0] < 20
+        error = float((trip.after_combine(centroids) - tokens).norm() / tokens.norm())
         assert (error < 1e-12) == is_exact
         assert is_exact or error > 0.2
 
@@ -88,14 +91,15 @@ def test_a_rounded_centroid_is_made_up_for_too(payload: Payload) -> None:
     routed = RoutedCase(64, 4, 2)
     tokens, weights, _, _ = routed.leaves(torch.float32)
     routing = routed.routing(weights.softmax(dim=-1))
-    dispatcher = replace(LshCase(routed).dispatcher(), wire=Wire(payload))
-    trip = dispatcher.dispatch(tokens, routing)
-    exact = LshCase(routed).dispatcher().dispatch(tokens, routing)
-    off = (trip.rows - exact.rows).abs()
+    trip = replace(LshCase(routed).compression(), payload=payload)()
+    centroids, _ = trip.before_dispatch(tokens, routing)
+    arrived = rounded_rows(centroids, payload=payload)
+    off = (arrived - centroids).abs()
     assert float(off.max()) > 0.0
-    assert bool((off <= exact.rows.abs().amax(dim=1, keepdim=True) / 16 * 1.0001).all())
+    assert bool((off <= centroids.abs().amax(dim=1, keepdim=True) / 16 * 1.0001).all())
     # Answers travel rounded as well; sent back as they came they round to themselves.
-    assert float((trip.combine(trip.rows) - tokens).abs().max()) < 1e-5
+    home = rounded_rows(arrived, payload=payload)
+    assert float((trip.after_combine(home) - tokens).abs().max()) < 1e-5
 
 
 def test_the_first_token_of_a_bucket_sees_no_later_one() -> None:
@@ -108,10 +112,10 @@ def test_the_first_token_of_a_bucket_sees_no_later_one() -> None:
     changed[-1] *= 3.0
     case = LshCase(routed, num_hashes=1)
     for centroid in ("mean", "first"):
-        dispatcher = CompressedDispatcher(case.rotations, centroid=centroid)
+        layer = SerialExperts(LocalDispatcher(), Compression(case.rotations, centroid=centroid))
         codes = hash_rows(tokens, case.rotations.double())
         assert int((codes == codes[-1]).sum()) > 1
-        before, after = (in_parts(dispatcher)(x, routing, fc1, fc2) for x in (tokens, changed))
+        before, after = (layer(x, routing, fc1, fc2) for x in (tokens, changed))
         is_same = bool((before[:-1] == after[:-1]).all())
         assert is_same == (centroid == "first")
 

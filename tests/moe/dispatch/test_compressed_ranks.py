@@ -10,12 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.dispatch.payload import Payload
-from moe.dispatch.per_expert import PerExpertDispatcher, Wire
-from moe.dispatch.protocol import Dispatcher
+from moe.dispatch.compressed import Place
+from moe.dispatch.exact import ExactDispatcher
+from moe.dispatch.hierarchical import HierarchicalDispatcher, make_node_groups
+from moe.dispatch.hooks import HookMaker
+from moe.dispatch.payload import Payload, Wire
+from moe.dispatch.per_expert import PerExpert
 from moe.lsh.counters import CompressionCounters
+from moe.schedule.choose import Chunking
+from moe.schedule.chunked import ChunkedExperts
+from moe.schedule.lanes import ThreadLanes
+from moe.schedule.serial import ExpertPath, SerialExperts
 from tests.moe.lsh.lsh_case import LshCase, singletons
-from tests.moe.routed_case import RoutedCase, in_parts, routing_of
+from tests.moe.routed_case import RoutedCase, routing_of
 from tests.rank_pool import RankError, Ranks
 
 SPLITS = {
@@ -39,8 +46,15 @@ def sizes_sent(calls: list[tuple[Tensor, Any]]) -> int:
     return total
 
 
-def spread(case: LshCase, lengths: list[int], payload: Payload, is_exact: bool) -> dict[str, Any]:
-    """This rank's part of the layer: its tokens and its experts."""
+def spread(
+    case: LshCase,
+    lengths: list[int],
+    payload: Payload,
+    is_exact: bool,
+    cut: tuple[int, int] | None = None,
+    ranks_per_node: int | None = None,
+) -> dict[str, Any]:
+    """This rank's part of the layer: its tokens and its experts; cut: chunks of each pass."""
     rank, size = dist.get_rank(), dist.get_world_size()
     routed, group = case.routed, dist.group.WORLD
     assert group is not None
@@ -55,10 +69,20 @@ def spread(case: LshCase, lengths: list[int], payload: Payload, is_exact: bool) 
     ]
     routing = routing_of(routed.experts()[mine], leaves[1], num_experts=routed.num_experts)
     counters, calls = CompressionCounters(), []
-    dispatcher: Dispatcher = PerExpertDispatcher(group)
+    wire = Wire(payload, gradient_payload=payload)
+    dispatcher: ExactDispatcher | HierarchicalDispatcher = ExactDispatcher(group, wire=wire)
+    if ranks_per_node is not None:
+        groups = make_node_groups(group, ranks_per_node=ranks_per_node)
+        dispatcher = HierarchicalDispatcher(groups, wire=wire)
+    make_hooks: HookMaker = PerExpert
     if not is_exact:
-        wire = Wire(payload, gradient_payload=payload)
-        dispatcher = replace(case.dispatcher(), group=group, wire=wire, counters=counters)
+        first_leg = dispatcher.channels[0]
+        place = Place(first_leg.group.rank(), first_leg.size)
+        make_hooks = replace(case.compression(), payload=payload, place=place, counters=counters)
+    layer: ExpertPath = SerialExperts(dispatcher, make_hooks)
+    if cut is not None:
+        forward, backward = map(Chunking.of, cut)
+        layer = ChunkedExperts(dispatcher, ThreadLanes(), forward, backward, make_hooks)
     real = dist.all_to_all_single
 
     def watched(received: Tensor, rows: Tensor, **options: Any) -> Any:
@@ -67,7 +91,7 @@ def spread(case: LshCase, lengths: list[int], payload: Payload, is_exact: bool) 
 
     setattr(dist, "all_to_all_single", watched)  # noqa: B010
     try:
-        output = in_parts(dispatcher)(leaves[0], routing, leaves[2], leaves[3])
+        output = layer(leaves[0], routing, leaves[2], leaves[3])
         sent_forward = sizes_sent(calls)
         grads = torch.autograd.grad(output, leaves, routed.grad(dtype)[mine])
     finally:
@@ -112,8 +136,8 @@ def test_ranks_equal_the_reference(ranks: Ranks, name: str, world_size: int) -> 
         torch.testing.assert_close(found, expected[index], msg=f"{name}, {world_size}: {part}")
     if routed.num_tokens > 20:
         assert sum(r["report"].num_sent for r in reports) < routed.num_tokens * routed.topk
-    # Counts, centroids and answers; backward the gradients of both.
-    assert {report["num_calls"] for report in reports} == {5}
+    # Counts, the experts' numbers, centroids and answers; backward the gradients of both.
+    assert {report["num_calls"] for report in reports} == {6}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -133,20 +157,22 @@ def test_every_token_its_own_bucket_is_the_exact_trip_bit_by_bit(
 
 @pytest.mark.parametrize("payload", ["none", "int8", "float8_e4m3fn"])
 def test_bytes_on_the_wire_are_counted(ranks: Ranks, payload: Payload) -> None:
-    """Watched at the collectives; summed over ranks, for answers are sent by their givers."""
+    """Watched at the collectives; summed over ranks, for answers are sent by their givers. Rows
+    are counted; ahead of them go two numbers a row, and once counts."""
     case, lengths = LshCase(SPLITS["uneven"][0]), [33, 7]
     reports = ranks.run(2, spread, case, lengths, payload, False)
     counted = sum(report["report"].num_bytes for report in reports)
-    assert counted == sum(report["sent_forward"] for report in reports)
-    # The same rows back and forth, without the counts: 8 bytes an expert of the other rank.
-    counts = 2 * 8 * case.routed.num_experts // 2
-    assert counted - counts == sum(report["sent_backward"] for report in reports)
+    assert counted == sum(report["sent_backward"] for report in reports)
     row_bytes = {"none": 8 * 8, "int8": 8 + 4, "float8_e4m3fn": 8 + 4}[payload]
-    assert (counted - counts) % (2 * row_bytes) == 0
+    itemsize = 8 if payload == "none" else 4
+    num_rows, rest = divmod(counted, 2 * row_bytes)
+    assert rest == 0
+    # To each of two ranks: rows of each of its two experts, and rows sent.
+    ahead = num_rows * 2 * itemsize + 2 * 8 * (2 + 1)
+    assert counted + ahead == sum(report["sent_forward"] for report in reports)
     # Each token of 40 is wanted by the other rank or not, there and back.
     experts = case.routed.experts()
     wanted = [(experts[:33] >= 2).any(1).sum(), (experts[33:] < 2).any(1).sum()]
-    itemsize = 8 if payload == "none" else 4
     exact = 2 * 8 * itemsize * int(sum(wanted))
     assert sum(report["report"].num_exact_bytes for report in reports) == exact
 
@@ -161,6 +187,57 @@ def test_rounding_on_the_wire_is_rounding_at_home(ranks: Ranks, payload: Payload
     torch.testing.assert_close(found, alone["parts"], rtol=1e-5, atol=1e-5)
     (exact,) = ranks.run(1, spread, case, [30], "none", False)
     assert float((found[0] - exact["parts"][0]).abs().max()) > 1e-4
+
+
+CUTS = [(1, 1), (3, 3), (2, 5)]
+
+
+@pytest.mark.parametrize("name", ["uneven", "none on one rank", "one token"])
+def test_chunks_change_nothing(ranks: Ranks, name: str) -> None:
+    """Buckets are of the whole micro-batch, so the reference is that of the uncut trip."""
+    routed, splits = SPLITS[name]
+    case, lengths = LshCase(routed), splits[2]
+    expected = reference(case, lengths)
+    for cut in CUTS:
+        reports = ranks.run(2, spread, case, lengths, "none", False, cut)
+        for index, wanted in enumerate(expected):
+            found = torch.cat([report["parts"][index] for report in reports])
+            torch.testing.assert_close(found, wanted, msg=f"{name}, {cut}: part {index}")
+
+
+def test_chunks_of_8_bit_rows_are_rounded_alike(ranks: Ranks) -> None:
+    case, lengths = LshCase(SPLITS["uneven"][0]), [33, 7]
+    whole = ranks.run(2, spread, case, lengths, "int8", False)
+    chunked = ranks.run(2, spread, case, lengths, "int8", False, (3, 3))
+    for uncut, found in zip(whole, chunked, strict=True):
+        # A product that rounds otherwise in float32 may round to another of 254 steps.
+        for value, wanted in zip(found["parts"], uncut["parts"], strict=True):
+            torch.testing.assert_close(value, wanted, rtol=0.02, atol=0.02)
+        assert found["report"] == uncut["report"]
+
+
+def test_chunks_of_single_tokens_are_the_exact_trip_in_chunks_bit_by_bit(ranks: Ranks) -> None:
+    routed, splits = SPLITS["uneven"]
+    found, wanted = (
+        ranks.run(2, spread, singletons(routed), splits[2], "none", is_exact, (3, 2))
+        for is_exact in (False, True)
+    )
+    for mine, exact in zip(found, wanted, strict=True):
+        assert all(map(torch.equal, mine["parts"], exact["parts"]))
+
+
+@pytest.mark.parametrize("cut", [None, (3, 3)])
+def test_over_nodes(ranks: Ranks, cut: tuple[int, int] | None) -> None:
+    """Two nodes of two ranks; rows that are counted are those between nodes."""
+    routed, splits = SPLITS["uneven"]
+    case, lengths = LshCase(routed), splits[4]
+    reports = ranks.run(4, spread, case, lengths, "none", False, cut, 2)
+    for index, wanted in enumerate(reference(case, lengths)):
+        found = torch.cat([report["parts"][index] for report in reports])
+        torch.testing.assert_close(found, wanted)
+    direct = ranks.run(4, spread, case, lengths, "none", False)
+    sent = [sum(r["report"].num_bytes for r in found) for found in (reports, direct)]
+    assert 0 < sent[0] < sent[1]
 
 
 def test_experts_that_cannot_be_shared_evenly_are_refused(ranks: Ranks) -> None:

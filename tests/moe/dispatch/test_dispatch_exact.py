@@ -14,9 +14,11 @@ from torch import Tensor
 
 from moe.dispatch.exact import ExactDispatcher
 from moe.dispatch.hierarchical import HierarchicalDispatcher, make_node_groups
+from moe.dispatch.hooks import Hooks
 from moe.reference import dense_loop
+from moe.schedule.serial import SerialExperts
 from moe.segment_sum import segment_sum
-from tests.moe.routed_case import RoutedCase, in_parts, output_and_gradients, routing_of
+from tests.moe.routed_case import RoutedCase, output_and_gradients, routing_of
 from tests.rank_pool import RankError, Ranks
 
 Way = Literal["exact", "2 a node", "1 a node", "one node"]
@@ -81,11 +83,11 @@ def spread_one(
     ]
     routing = routing_of(case.experts()[mine], leaves[1], num_experts=case.num_experts)
     before = sent_bytes(dispatcher)
-    output = in_parts(dispatcher)(leaves[0], routing, leaves[2], leaves[3])
+    output = SerialExperts(dispatcher)(leaves[0], routing, leaves[2], leaves[3])
     forward = sent_bytes(dispatcher)
     grads = torch.autograd.grad(output, leaves, case.grad(dtype)[mine])
     backward = sent_bytes(dispatcher)
-    trip = dispatcher.dispatch(leaves[0], routing)
+    trip = dispatcher.dispatch(leaves[0], routing, Hooks())
     return {
         "parts": [output.detach(), *grads],
         "num_received": trip.rows.shape[0],

@@ -9,11 +9,13 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.dispatch.compressed import CompressedDispatcher
+from moe.dispatch.compressed import Compression
+from moe.dispatch.local import LocalDispatcher
 from moe.lsh.hash import draw_rotations, hash_rows
 from moe.lsh.reference import compressed_loop
 from moe.records import Routing
-from tests.moe.routed_case import Layer, RoutedCase, cases, in_parts
+from moe.schedule.serial import SerialExperts
+from tests.moe.routed_case import Layer, RoutedCase, cases
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,12 @@ class LshCase:
             self.routed.hidden_size, num_hashes=self.num_hashes, hash_dim=self.hash_dim, seed=7
         )
 
-    def dispatcher(self) -> CompressedDispatcher:
-        return CompressedDispatcher(self.rotations, residual_scale=self.residual_scale)
+    def compression(self) -> Compression:
+        return Compression(self.rotations, residual_scale=self.residual_scale)
 
     @property
     def layer(self) -> Layer:
-        return in_parts(self.dispatcher())
+        return SerialExperts(LocalDispatcher(), self.compression())
 
     @property
     def reference(self) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -44,3 +45,13 @@ def test_a_slow_link_is_overlapped_and_an_instant_one_is_not() -> None:
 
     assert min(choice(1e8)) >= 2
     assert choice(1e13) == (1, 1)
+
+
+def test_centroids_go_to_one_place_each() -> None:
+    """A quarter of 200 choices; half of them elsewhere, or 3 of 4 on other nodes' ranks."""
+    load = LayerLoad(
+        num_tokens=100, num_experts=8, topk=2, num_ranks=4, num_nodes=2, row_bytes=10, rate=0.25
+    )
+    assert load.num_rows == 50
+    assert load.leg_bytes == (250.0, 250.0)
+    assert replace(load, num_nodes=None).leg_bytes == (375.0,)

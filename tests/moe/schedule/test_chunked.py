@@ -16,7 +16,8 @@ from moe.reference import dense_loop
 from moe.schedule.choose import Chunking
 from moe.schedule.chunked import ChunkedExperts
 from moe.schedule.lanes import ThreadLanes
-from tests.moe.routed_case import Layer, RoutedCase, in_parts, output_and_gradients, routing_of
+from moe.schedule.serial import SerialExperts
+from tests.moe.routed_case import Layer, RoutedCase, output_and_gradients, routing_of
 from tests.rank_pool import Ranks
 
 # (case of the whole, tokens of each of 2 or 4 ranks).
@@ -72,7 +73,7 @@ def layers(
         experts[::3, -1] = case.num_experts
     found = {}
     for cut in (None, *cuts):
-        layer: Layer = in_parts(dispatcher)
+        layer: Layer = SerialExperts(dispatcher)
         if cut is not None:
             layer = ChunkedExperts(
                 dispatcher, lanes, forward=Chunking.of(cut[0]), backward=Chunking.of(cut[1])

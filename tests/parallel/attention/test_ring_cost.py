@@ -93,6 +93,27 @@ def test_only_inputs_output_and_log_sum_exp_are_kept(ranks: Ranks) -> None:
         assert saved == [*expected, (torch.float32, (4, num_tokens))]
 
 
+def test_heads_that_are_exchanged_are_kept_once(ranks: Ranks) -> None:
+    """Not as this rank's rows of all heads, too: of those only whole sequences are."""
+    ring = (0, 1, 2, 3)
+    both = cut_case(
+        "both", *(((rank, 7),) for rank in ring), ((0, 9), (1, 4), (2, 9), (3, 2)), heads=(8, 4, 8)
+    )
+    half = torch.bfloat16
+    for case, num_whole in ((FOUR, 0), (both, 7)):
+        exchanging = SharedCase(case.packed, case.pieces, ulysses_rings=(ring,))
+        for rank, saved in enumerate(ranks.run(4, _saved_for_backward, exchanging)):
+            own, shared = len(case.indices(rank)), sum(case.packed.lengths) - 4 * num_whole
+            query, key, value, output, log_sum_exp, *heads = saved
+            assert query == (half, (num_whole, 8, 8))
+            assert key == value == (half, (num_whole, 4, 8))
+            assert output == (half, (own + case.packed.padding, 8, 8))
+            assert log_sum_exp == (torch.float32, (8, own))
+            groups = (half, (shared, 1, 8))
+            queries = (half, (shared, 2, 8))
+            assert heads == [queries, groups, groups, queries, (torch.float32, (2, shared))]
+
+
 def _two_layers(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The second layer asks with the first one's answers, for other values."""
     return attention(attention(query, key, value), key, -value)
@@ -120,7 +141,10 @@ def _two_layers_on_rank(cases: list[SharedCase]) -> list[list[Tensor]]:
 def test_layers_and_micro_batches_share_buffers(ranks: Ranks) -> None:
     exchanging = SharedCase(FOUR.packed, FOUR.pieces, ulysses_rings=((0, 1, 2, 3),))
     other = head_tail_case("other", {(0, 1, 2, 3): (33,), (2, 0): (20,), (1, 3): (9, 40)})
-    cases = [FOUR, other, exchanging]
+    # Whole sequences beside heads that are exchanged.
+    both = cut_case("both", ((1, 30),), ((0, 20), (1, 5), (2, 9), (3, 14), (0, 2)), heads=(8, 4, 8))
+    both = SharedCase(both.packed, both.pieces, ulysses_rings=((0, 1, 2, 3),))
+    cases = [FOUR, other, exchanging, both]
     found = ranks.run(4, _two_layers_on_rank, cases)
     for number, case in enumerate(cases):
         tensors = case.packed.tensors(dtype=torch.float64)

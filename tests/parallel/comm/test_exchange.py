@@ -1,6 +1,7 @@
 """Messages between real ranks: they arrive, are counted, and rounds never wait for ever."""
 
 import random
+from datetime import timedelta
 
 import pytest
 import torch
@@ -101,6 +102,26 @@ def _labelled_rounds(seed: int) -> int:
 @pytest.mark.parametrize("seed", range(3))
 def test_rounds_in_the_order_of_labels_all_end(seed: int, ranks: Ranks) -> None:
     assert sum(ranks.run(4, _labelled_rounds, seed, timeout_seconds=60.0)) == 60
+
+
+def _wait_in_vain() -> str:
+    """Rank 2 says nothing to rank 1."""
+    group = dist.new_group([1, 2], timeout=timedelta(seconds=1))
+    if dist.get_rank() != 1:
+        return ""
+    under_way = Exchange(group).post([Message(torch.empty(3), 1, is_sent=False)])
+    try:
+        under_way.wait()
+    except RuntimeError as error:
+        return str(error)
+    return "it came"
+
+
+def test_the_rank_that_is_missing_is_named(ranks: Ranks) -> None:
+    _, told, _ = ranks.run(3, _wait_in_vain)
+    assert "rank 1: the exchange with rank 2 broke off" in told
+    # gloo's own words stay: by them the launcher knows that rank 1 is not the one to blame.
+    assert "Timed out waiting" in told
 
 
 def test_a_buffer_is_reused_and_grows() -> None:

@@ -1,11 +1,13 @@
 """The exchange of ranks that share a sequence, against sums hop by hop."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel.errors import PlanError
 from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
 from parallel.plan.flops import ModelShape
@@ -141,3 +143,18 @@ def test_latency_counts_in_every_layer() -> None:
 def test_forward_is_its_part_of_the_whole() -> None:
     # Linear layers 1 : 2, attention 1 : 2.5.
     assert COST.forward_seconds(10) == pytest.approx(0.07 * 100 / 3.5 + 3.0 * 10 / 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("bytes_per_second", 0.0, "must be above 0"),
+        ("bytes_per_second", float("nan"), "must be finite"),
+        ("latency_seconds", -1.0, "latency_seconds is -1.0"),
+        ("num_query_groups", -4, "num_query_groups is -4"),
+    ],
+)
+def test_links_that_there_are_not(name: str, value: float, complaint: str) -> None:
+    constants: dict[str, Any] = {"bytes_per_second": 1.0, "key_value_bytes": 1.0, name: value}
+    with pytest.raises(PlanError, match=complaint):
+        RingCost(**constants)

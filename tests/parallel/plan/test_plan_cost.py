@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
 from parallel.plan.flops import ModelShape, model_flops
 from parallel.plan.predict import micro_batch_seconds, predict
@@ -146,3 +147,19 @@ def test_no_plan_beats_the_bound(
     plan = StepPlan(tuple(lengths), 50, tuple(tuple(rank) for rank in ranks))
     found = predict(plan, COST, num_pipeline_stages=stages)
     assert 0 < found.efficiency <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("constants", "complaint"),
+    [
+        ((float("nan"), 1.0, 0.0), "quadratic_seconds is nan"),
+        ((0.0, -1.0, 0.0), "linear_seconds is -1.0"),
+        ((0.0, 1.0, float("inf")), "fixed_seconds is inf"),
+        ((0.0, 0.0, 1.0), "both 0"),
+    ],
+)
+def test_constants_that_compare_no_plans_are_refused(
+    constants: tuple[float, float, float], complaint: str
+) -> None:
+    with pytest.raises(PlanError, match=complaint):
+        CostModel(*constants)

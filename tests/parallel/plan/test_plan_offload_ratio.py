@@ -8,6 +8,7 @@ from parallel.errors import PlanError
 from parallel.plan.cost import CostModel
 from parallel.plan.hdp import plan_hdp
 from parallel.plan.offload_ratio import HostMemory, fewest_ranks
+from parallel.plan.records import most_tokens
 
 # Forward of one layer: (s^2 / 3.5 x 0.035 + 3 s / 3) / 10 = 0.001 s^2 + 0.1 s.
 COST = CostModel(0.035, 3.0, 0.0)
@@ -108,3 +109,17 @@ def test_a_pipeline_offloads_only_what_it_must() -> None:
     )
     too_long.check()
     assert max(b.offload_ratio for batches in too_long.micro_batches for b in batches) > 0
+
+
+def test_memory_that_there_is_not() -> None:
+    with pytest.raises(PlanError, match="num_layers is 0"):
+        HostMemory(num_layers=0, activation_bytes=1.0, bytes_per_second=1.0)
+    with pytest.raises(PlanError, match="activation_bytes is 0"):
+        HostMemory(num_layers=1, activation_bytes=0.0, bytes_per_second=1.0)
+
+
+@given(st.integers(1, 10_000), st.integers(2, 100))
+def test_a_rank_holds_no_token_more_and_none_less(capacity: int, num_layers: int) -> None:
+    # C / (1 - (l - 2) / l) = C l / 2, although a third has no float: 3 tokens for C = 2, l = 3.
+    host = HostMemory(num_layers=num_layers, activation_bytes=1.0, bytes_per_second=1.0)
+    assert most_tokens(capacity, host.offloadable) == capacity * num_layers // 2

@@ -185,8 +185,8 @@ def test_two_thousand_sequences_on_256_ranks_are_quick(fill: float) -> None:
     capacity = max(4000, int(sum(lengths) / (256 * fill)))
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         plan_packing(lengths, num_ranks=256, tokens_per_rank=capacity, cost_model=COST)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     # 15 to 30 ms where it was written; the wanted limit is 100 ms, the best of five for noise.
     assert min(seconds) < 0.1, seconds

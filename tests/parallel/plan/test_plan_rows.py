@@ -1,5 +1,7 @@
 """Rows of a pipeline: one index for each meeting, lengths chosen, bubbles and groups counted."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,9 +11,10 @@ from parallel.plan.communication import RingCost
 from parallel.plan.cost import CostModel
 from parallel.plan.predict import predict
 from parallel.plan.records import StepPlan
-from parallel.plan.row_blocks import Blocks, place_in_rows
+from parallel.plan.row_blocks import place_in_rows
 from parallel.plan.row_fill import Cells, fill_cells, open_rows
 from parallel.plan.row_shares import RowShape, Shares, bundle, share
+from parallel.plan.row_slots import Blocks, RowTimes
 from parallel.plan.rows import RowLimits, plan_rows
 
 LINEAR = CostModel(0.0, 1.0, 0.0)
@@ -96,15 +99,46 @@ def test_heavy_rows_go_to_the_same_ranks() -> None:
         shares,
         num_groups=4,
         group_size=1,
-        row_seconds=1.0,
-        filled_seconds=1.0,
-        bubble=3,
+        times=RowTimes(row_seconds=1.0, filled_seconds=1.0, bubble=3),
         target=100.0,
     )
     assert blocks.slots[0][:2] == (0, [0, 1, 2, 3])
     assert {slot.row for slot in blocks.slots[1:]} == {1}
     assert blocks.longest.tolist() == [11.0] * 4
     assert sorted(blocks.clock.tolist()) == [21.0, 21.0, 22.0, 22.0]
+
+
+def test_groups_that_are_never_ready_together_wait() -> None:
+    # Two groups are 10 seconds late whichever row it is; the second sequence needs all four.
+    shares = Shares(np.array([0, 1]), np.array([2, 4]), np.array([10.0, 0.1]))
+    blocks = place_in_rows(
+        shares,
+        num_groups=4,
+        group_size=1,
+        times=RowTimes(row_seconds=1.0, filled_seconds=1.0, bubble=1),
+        target=100.0,
+    )
+    heavy, light = blocks.slots
+    assert heavy.groups == [0, 1]
+    assert light.groups == [0, 1, 2, 3]
+    assert blocks.clock.tolist() == pytest.approx([11.0 + light.row - 1 + 1.1] * 4)
+
+
+@given(st.lists(st.integers(1, 7), max_size=60))
+def test_bundles_are_first_fit(num_ranks: list[int]) -> None:
+    seconds = np.linspace(2.0, 1.0, len(num_ranks))
+    shares = Shares(np.arange(len(num_ranks)), np.array(num_ranks, dtype=np.int64), seconds)
+    expected: list[list[tuple[int, int]]] = []
+    for sequence, wanted in enumerate(num_ranks):
+        for members in expected:
+            if sum(ranks for _, ranks in members) + wanted <= 8:
+                members.append((sequence, wanted))
+                break
+        else:
+            expected.append([(sequence, wanted)])
+    found = list(bundle(shares, 8))
+    assert [members for _, members in found] == expected
+    assert [slowest for slowest, _ in found] == [seconds[members[0][0]] for members in expected]
 
 
 def test_rows_are_opened_where_the_step_would_end_first() -> None:
@@ -117,9 +151,7 @@ def test_rows_are_opened_where_the_step_would_end_first() -> None:
         group_size=1,
         row_tokens=10,
         used_tokens=10,
-        row_seconds=2.0,
-        filled_seconds=2.0,
-        bubble=1,
+        times=RowTimes(row_seconds=2.0, filled_seconds=2.0, bubble=1),
         multiple=1,
     )
     # 60 tokens in rows of 10: the first has one heavy row, so five are the other's.
@@ -127,18 +159,22 @@ def test_rows_are_opened_where_the_step_would_end_first() -> None:
     assert end == 18.0
 
 
-def _cells(num_rows: list[int], *, capacity: int) -> Cells:
+def _cells(
+    num_rows: list[int],
+    *,
+    capacity: int,
+    multiple: int = 1,
+    lengths: Sequence[int] = (8, 7, 3, 2),
+) -> Cells:
     num = len(num_rows)
     blocks = Blocks(clock=np.zeros(num), longest=np.zeros(num), num_rows=np.array(num_rows))
     return Cells(
         blocks,
-        [8, 7, 3, 2],
+        lengths,
         group_size=1,
-        num_ranks=num,
         capacity=capacity,
-        row_seconds=1.0,
-        filled_seconds=1.0,
-        bubble=1,
+        times=RowTimes(row_seconds=1.0, filled_seconds=1.0, bubble=1),
+        multiple=multiple,
     )
 
 
@@ -151,6 +187,23 @@ def test_a_row_more_where_none_has_room() -> None:
     assert sum(cells.num_rows) == 2
     placed = sorted(i for group in cells.whole for row in group for cell in row for i in cell)
     assert placed == [0, 1, 2, 3]
+
+
+def test_a_multiple_of_rows_is_opened_and_used() -> None:
+    # Two cells of ten are full; of the four rows that come with the next sequence all are filled.
+    cells = _cells([0, 0], capacity=10, multiple=4)
+    fill_cells(cells, [0, 1, 2, 3], [0.0] * 4, short_tokens=1000)
+    assert cells.num_rows == [4, 0]
+    assert [sum(map(len, row)) for row in cells.whole[0]] == [1, 1, 1, 1]
+    assert cells.end == [4.0, 0.0]
+
+
+def test_more_rows_go_to_the_group_that_ends_first() -> None:
+    # Each takes a row for itself; 8 seconds of attention keep the first group busy meanwhile.
+    cells = _cells([0, 0], capacity=8, lengths=[8] * 6)
+    fill_cells(cells, list(range(6)), [8.0, *[1.0] * 5], short_tokens=1000)
+    assert cells.whole[0] == [[[0]]]
+    assert sorted(i for row in cells.whole[1] for i in row[0]) == [1, 2, 3, 4, 5]
 
 
 @given(
