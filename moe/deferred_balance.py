@@ -4,7 +4,8 @@
 
 While the batch runs, the inputs x_t of the gate are kept as they are (they are not copied, unless
 to the host's memory, and stay in the model's dtype). When w is known the gate is run on them again,
-part by part, for dL/dW alone; W must not have changed in between. The cut into parts changes nothing but the order of a sum.
+part by part, for dL/dW alone; W must not have changed in between. The cut into parts changes
+nothing but the order of a sum.
 
 In the hidden states x the loss has a gradient too, and that is wanted while backward runs, before w
 is there. `push_back` adds it for given weights, for instance those of the batch before.
