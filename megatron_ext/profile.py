@@ -101,7 +101,10 @@ def _packs(capacity: int) -> list[list[int]]:
 
 
 def _fit(packs: Sequence[Sequence[int]], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """a, b and g; those that would be negative are 0."""
+    """a, b and g; those that would be negative are 0, but a and b not both.
+
+    Without a or b plans could not be compared: where times are noise, they are taken to be tokens.
+    """
     terms = np.array(
         [[sum(s * s for s in lengths), sum(lengths), 1.0] for lengths in packs], dtype=np.float64
     )
@@ -109,11 +112,13 @@ def _fit(packs: Sequence[Sequence[int]], seconds: Sequence[float]) -> tuple[floa
     kept = [0, 1, 2]
     while True:
         solution, *_ = np.linalg.lstsq(terms[:, kept] / taken[:, None], np.ones_like(taken))
-        if (solution >= 0).all() or len(kept) == 1:
+        if (solution >= 0).all():
             break
         kept.pop(int(solution.argmin()))
+        if kept == [2]:
+            kept = [1]
     constants = np.zeros(3)
-    constants[kept] = np.maximum(solution, 0.0)
+    constants[kept] = solution
     return float(constants[0]), float(constants[1]), float(constants[2])
 
 

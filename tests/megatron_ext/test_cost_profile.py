@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,14 @@ def test_constants_are_recovered_from_exact_times() -> None:
     ]
     assert np.allclose(_fit(packs, seconds), truth, rtol=1e-6)
     # No term may be negative, whatever noise says.
-    assert min(_fit(packs, [1.0 / (1 + sum(lengths)) for lengths in packs])) >= 0.0
+    shrinking = _fit(packs, [1.0 / (1 + sum(lengths)) for lengths in packs])
+    assert min(shrinking) >= 0.0
+    assert max(shrinking[:2]) > 0.0
+    noise = random.Random(1)
+    for _ in range(200):
+        found = _fit(packs, [noise.uniform(1e-3, 2e-3) for _ in packs])
+        assert min(found) >= 0.0
+        assert max(found[:2]) > 0.0
 
 
 def profile_and_plan(tree: dict[str, Any], path: str) -> dict[str, float]:

@@ -39,7 +39,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def tree_of(corpora: list[dict[str, Any]], run_dir: Path, **sections: Any) -> dict[str, Any]:
-    data = {"corpora": corpora, "max_sequence_length": 128, "tokens_per_rank": 256}
+    data = {"corpora": corpora, "max_sequence_length": 128, "tokens_per_rank": 1024}
     tree: dict[str, Any] = {"moe": MOE | {"moe_layer_freq": [1, 0, 1, 1]}, "data": data}
     return tiny_tree(Path(), run_dir, **(tree | sections))
 
