@@ -17,7 +17,12 @@ from torch import nn
 
 from megatron_ext.config import Config
 from megatron_ext.expert_compression import ExpertCompression
-from megatron_ext.gradient_gaps import GapRoom, HeldGradients, reduction_cost
+from megatron_ext.gradient_gaps import (
+    GapRoom,
+    HeldGradients,
+    gradient_element_bytes,
+    reduction_cost,
+)
 from megatron_ext.model import unwrap
 from megatron_ext.moe_layer import MoEMLP
 from moe.dispatch.exact import ExactDispatcher
@@ -73,7 +78,8 @@ def schedule_experts(
     if wants_gaps:
         assert profile is not None
         room = _room(config, profile, load, backward)
-        fitting = room.bucket_size(element_bytes=scheduled[0].experts.linear_fc1.element_size())
+        element_bytes = gradient_element_bytes(config, scheduled[0].experts.linear_fc1)
+        fitting = room.bucket_size(element_bytes=element_bytes)
         say(
             f"a gap for gradients is {1e3 * room.seconds:.1f} ms long"
             + (f", for ddp_bucket_size={fitting}" if fitting else ": no bucket fits")

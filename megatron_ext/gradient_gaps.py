@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_ext.config import Config
 from moe.schedule.linear_cost import LinearCost
 
 
@@ -110,3 +112,8 @@ class HeldGradients:
                 self._is_finishing = False
 
         group.start_grad_sync, group.finish_grad_sync = hold, finish_all
+
+
+def gradient_element_bytes(config: Config, parameter: torch.Tensor) -> int:
+    """Of the buffers that are reduced."""
+    return 4 if config.precision.grad_reduce_in_fp32 else parameter.element_size()

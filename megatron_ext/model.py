@@ -38,7 +38,7 @@ from megatron_ext.attention import PackedCoreAttention, ReorderedNormSelfAttenti
 from megatron_ext.batch import round_up
 from megatron_ext.config import Config, ModelConfig
 from megatron_ext.errors import UserError
-from megatron_ext.gradient_gaps import HeldGradients
+from megatron_ext.gradient_gaps import HeldGradients, gradient_element_bytes
 from megatron_ext.mesh import Mesh
 from megatron_ext.mlp import ReorderedNormMLP, SwiGLUMLP
 from megatron_ext.moe_layer import MoEMLP, PackedTransformerLayer, ReorderedNormMoEMLP
@@ -273,9 +273,7 @@ def wrap_data_parallel(
     parallel = config.parallel
     bucket_size = parallel.ddp_bucket_size
     if gaps is not None and bucket_size is None:
-        element_bytes = next(chunks[0].parameters()).element_size()
-        if config.precision.grad_reduce_in_fp32:
-            element_bytes = 4
+        element_bytes = gradient_element_bytes(config, next(chunks[0].parameters()))
         bucket_size = gaps.room.bucket_size(element_bytes=element_bytes)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,

@@ -134,6 +134,16 @@ def _grouped(parts: Sequence[WeightGradParts]) -> tuple[Tensor, Tensor]:
     """One kernel for all experts; rows of all chunks are put expert by expert first."""
     counts = torch.stack([part.counts for part in parts])
     num_rows = sum(part.sources.numel() for part in parts)
+    if num_rows == 0:
+        # The kernel may refuse rows of no length.
+        first, num_experts = parts[0], counts.shape[1]
+        fc1 = first.arrived.new_zeros(
+            num_experts, first.grad_gate_up.shape[1], first.arrived.shape[1]
+        )
+        fc2 = first.arrived.new_zeros(
+            num_experts, first.grad_outputs.shape[1], first.activations.shape[1]
+        )
+        return fc1, fc2
     experts = torch.arange(counts.shape[1], device=counts.device).repeat(len(parts))
     of_row = experts.repeat_interleave(counts.reshape(-1), output_size=num_rows)
     order = of_row.argsort(stable=True)
