@@ -21,9 +21,11 @@ from tests.megatron_ext.data.corpora import folder_bytes, make_text, prepare_qui
 
 UNIT = 128 * 1024
 _PROGRAM = """
-import argparse, sys
+import argparse, signal, sys
 from megatron_ext.data import cli
 from megatron_ext.errors import UserError
+# What a shell starts in the background has Ctrl-C ignored, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 parser = argparse.ArgumentParser()
 cli.add_arguments(parser.add_subparsers())
 try:
