@@ -128,6 +128,18 @@ def read(operand: Quantized | Tensor) -> Tensor:
     return operand.values() if isinstance(operand, Quantized) else operand.float()
 
 
+def tree_sum(values: Tensor) -> Tensor:
+    """Sum over the last dim by neighbours, then neighbours of those sums, and so on.
+
+    An order that kernels can follow: float32 [..., n] -> [...]. An odd one out is added to 0.
+    """
+    while values.shape[-1] > 1:
+        if values.shape[-1] % 2:
+            values = F.pad(values, (0, 1))
+        values = values[..., ::2] + values[..., 1::2]
+    return values.squeeze(-1)
+
+
 def block_amax(values: Tensor, block_format: BlockFormat) -> Tensor:
     """Largest magnitude of each block: float32 [down, across]; NaN where a block has one."""
     return _blocks(values.abs(), block_format).amax(dim=(1, 3))
@@ -199,10 +211,11 @@ def _ideal_scales(values: Tensor, quantizer: Quantizer, reduce_amax: ReduceAmax 
     block_format = quantizer.block_format
     element = block_format.element
     if quantizer.scale_rule == "quest":
-        blocks = _blocks(values, block_format)
-        mean = blocks.mean(dim=(1, 3))
+        blocks = _blocks(values, block_format).transpose(1, 2).flatten(2)
+        share = 1.0 / blocks.shape[2]
+        mean = tree_sum(blocks) * share
         # In this order; the square of a mean rounded away can leave less than nothing.
-        variance = (blocks.square().mean(dim=(1, 3)) - mean.square()).clamp(min=0.0)
+        variance = (tree_sum(blocks.square()) * share - mean.square()).clamp(min=0.0)
         return floor_power_of_two(variance.sqrt() * (QUEST_FACTOR * SQRT_2))
     if block_format.block_rows is None and block_format.block_columns is None:
         largest = _tensor_amax(values, reduce_amax).view(1, 1)
@@ -231,7 +244,7 @@ def _square_errors(
     factors = spread(reciprocal(scales), block_format, rows, columns)
     nearest = round_to(values * factors, block_format.element)
     error = values - nearest * spread(scales, block_format, rows, columns)
-    return _blocks(error.square(), block_format).sum(dim=(1, 3))
+    return tree_sum(_blocks(error.square(), block_format).transpose(1, 2).flatten(2))
 
 
 def _unbiased_scales(values: Tensor, stored: Quantized, quantizer: Quantizer, seed: int) -> Tensor:
@@ -240,7 +253,7 @@ def _unbiased_scales(values: Tensor, stored: Quantized, quantizer: Quantizer, se
     rows = values.shape[0]
     group = max(quantizer.hadamard_group, stored.block_format.block_columns or 1)
     original, found = values.view(rows, -1, group), stored.values().view(rows, -1, group)
-    length, overlap = original.square().sum(dim=2), (original * found).sum(dim=2)
+    length, overlap = tree_sum(original.square()), tree_sum(original * found)
     factor = torch.where(overlap > 0, length / overlap, 1.0)
     scales = decode_scale_e4m3(stored.scales)
     factor = torch.repeat_interleave(factor, scales.shape[1] // factor.shape[1], dim=1)
