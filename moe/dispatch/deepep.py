@@ -24,18 +24,7 @@ from moe.dispatch.route import Choices, end_route
 from moe.dispatch.trip import RouteTrip
 from moe.permutation import permute, unpermute
 from moe.records import Routing
-
-
-@dataclass(frozen=True, slots=True)
-class Availability:
-    """Whether an optional library can be used; true in a condition when it can."""
-
-    available: bool
-    reason: str
-    """Why not; empty where it can."""
-
-    def __bool__(self) -> bool:
-        return self.available
+from parallel.optional_library import Availability, import_library
 
 
 @cache
@@ -43,17 +32,13 @@ def has_deep_ep() -> Availability:
     """Import DeepEP once and say what came of it."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return Availability(False, "DeepEP needs an NVIDIA GPU")
-    try:
-        import deep_ep
-    except ModuleNotFoundError as error:
-        if error.name == "deep_ep":
-            return Availability(False, "DeepEP is not installed (github.com/deepseek-ai/DeepEP)")
-        return Availability(False, f"DeepEP is installed but fails to import: {error}")
-    except (ImportError, OSError) as error:
-        return Availability(False, f"DeepEP is installed but fails to import: {error}")
-    if not hasattr(deep_ep, "Buffer"):
-        return Availability(False, "this DeepEP has no Buffer; version 1 has")
-    return Availability(True, "")
+    return import_library(
+        "deep_ep",
+        "DeepEP",
+        how="github.com/deepseek-ai/DeepEP",
+        needs="Buffer",
+        hint="version 1 has",
+    )
 
 
 @dataclass(frozen=True, slots=True)

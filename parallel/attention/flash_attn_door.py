@@ -4,43 +4,25 @@ It is built from source and never required: where it is missing, torch's own fla
 """
 
 import inspect
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from parallel.attention.torch_flash import pad_head_dim
-
-
-@dataclass(frozen=True, slots=True)
-class Availability:
-    """Whether an optional library can be used; true in a condition when it can."""
-
-    available: bool
-    reason: str
-    """The version where it is there, and why it is not where it is not."""
-
-    def __bool__(self) -> bool:
-        return self.available
+from parallel.optional_library import Availability, import_library
 
 
 @cache
 def has_flash_attn() -> Availability:
     """Import flash-attn once and say what came of it."""
-    try:
-        import flash_attn
-    except ModuleNotFoundError as error:
-        if error.name == "flash_attn":
-            return Availability(False, "flash-attn is not installed (pip install flash-attn)")
-        return Availability(False, f"flash-attn is installed but fails to import: {error}")
-    except (ImportError, OSError) as error:
-        # A build for another torch or CUDA fails to load its symbols.
-        return Availability(False, f"flash-attn is installed but fails to import: {error}")
-    if not hasattr(flash_attn, "flash_attn_varlen_func"):
-        return Availability(False, "flash-attn has no flash_attn_varlen_func; version 2 has")
-    version = getattr(flash_attn, "__version__", "of unknown version")
-    return Availability(True, f"flash-attn {version}")
+    return import_library(
+        "flash_attn",
+        "flash-attn",
+        how="pip install flash-attn",
+        needs="flash_attn_varlen_func",
+        hint="version 2 has",
+    )
 
 
 def flash_attn_attention(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention import flash_attn_door
 from parallel.attention.block_choice import choose_blocks
 from parallel.attention.block_loop import LoopBlocks
 from parallel.attention.block_varlen import VarlenBlocks
@@ -24,6 +23,7 @@ from parallel.attention.reference import (
 from parallel.attention.shared_rows import shared_rows
 from parallel.attention.torch_flash import torch_flash_block, torch_flash_block_backward
 from parallel.comm.exchange import Exchange
+from parallel.optional_library import Availability
 from tests.parallel.attention.shared_case import head_tail_case
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
@@ -145,7 +145,7 @@ def test_blocks_are_chosen_as_kernels_are() -> None:
 
 
 def test_a_library_without_log_sum_exps_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacks = flash_attn_door.Availability(False, "flash-attn 2.5 has older varlen operators")
+    lacks = Availability(False, "flash-attn 2.5 has older varlen operators")
     choice = "parallel.attention.block_choice"
     monkeypatch.setattr(f"{choice}.has_flash_attn_blocks", lambda: lacks)
     monkeypatch.setattr(f"{choice}.choose_kernel", lambda *_, **__: "flash_attn")
