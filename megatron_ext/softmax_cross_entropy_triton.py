@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.kernel_case import KernelCase, argument_types, on_all_targets
+
 _MAX_BLOCK = 8192
 _NUM_WARPS = 16
 
@@ -114,3 +116,24 @@ def gradient_(
 
 def _block(vocab_size: int) -> int:
     return min(_MAX_BLOCK, 1 << (vocab_size - 1).bit_length())
+
+
+def kernel_cases() -> tuple[KernelCase, ...]:
+    """bfloat16 logits travel in vectors of 16 bytes."""
+    types = {
+        **dict.fromkeys(("maxima", "exp_sums", "targets", "scales", "token_weights"), "*fp32"),
+        **{"logits": "*bf16", "labels": "*i64"},
+    }
+    loads = on_all_targets(ptx=("ld.global.v4.b32",), amdgcn=("global_load_dwordx4",))
+    stores = on_all_targets(ptx=("st.global.v4.b32",), amdgcn=("global_store_dwordx4",))
+    both = {target: loads[target] + stores[target] for target in loads}
+    return tuple(
+        KernelCase(
+            kernel=kernel,
+            signature=argument_types(kernel, types),
+            constants={"BLOCK": _MAX_BLOCK},
+            expects=expects,
+            num_warps=_NUM_WARPS,
+        )
+        for kernel, expects in ((row_sums_kernel, loads), (gradient_kernel, both))
+    )

@@ -4,10 +4,14 @@ One program for a row, so that a gather of rows and the sum over a list of rows 
 gradient of the weighted sum makes both of its results from one reading of both inputs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from parallel.kernel_case import KernelCase, argument_types, on_all_targets
 
 _MAX_BLOCK = 4096
 _ELEMENTS_PER_WARP = 256
@@ -152,3 +156,32 @@ def _block(width: int) -> tuple[int, int]:
     """Columns that a program takes at once, and its warps."""
     block = min(_MAX_BLOCK, triton.next_power_of_2(width))
     return block, max(1, min(8, block // _ELEMENTS_PER_WARP))
+
+
+def kernel_cases() -> tuple[KernelCase, ...]:
+    """bfloat16 rows travel in vectors of 16 bytes."""
+    block, num_warps = _block(_MAX_BLOCK)
+    types = {
+        **dict.fromkeys(("rows", "gathered", "total", "grads", "grad_rows"), "*bf16"),
+        **dict.fromkeys(("weights", "grad_weights"), "*fp32"),
+        **dict.fromkeys(("sources", "chosen", "starts"), "*i64"),
+    }
+    vectors = on_all_targets(
+        ptx=("ld.global.v4.b32", "st.global.v4.b32"),
+        amdgcn=("global_load_dwordx4", "global_store_dwordx4"),
+    )
+    kernels: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (gather_rows_kernel, {}),
+        (segment_sum_kernel, {"HAS_WEIGHTS": True}),
+        (weighted_gather_kernel, {}),
+    )
+    return tuple(
+        KernelCase(
+            kernel=kernel,
+            signature=argument_types(kernel, types),
+            constants={"BLOCK": block, **constants},
+            expects=vectors,
+            num_warps=num_warps,
+        )
+        for kernel, constants in kernels
+    )

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.kernel_case import KernelCase, argument_types, on_all_targets
+
 _ROWS = 16
 _MAX_CHANNELS = 64
 
@@ -92,3 +94,25 @@ def hash_rows_triton(rows: Tensor, rotations: Tensor) -> Tensor:
         IS_WIDENED=not rows.is_cuda,
     )
     return codes
+
+
+def kernel_cases() -> tuple[KernelCase, ...]:
+    """bfloat16 is multiplied by the matrix units."""
+    types = {"rows": "*bf16", "rotations": "*bf16", "values": "*i64", "codes": "*i64"}
+    return (
+        KernelCase(
+            kernel=hash_kernel,
+            signature=argument_types(hash_kernel, types),
+            constants={
+                **{"ROWS": _ROWS, "CHANNELS": _MAX_CHANNELS, "HASHES": 8, "DIRECTIONS": 4},
+                "IS_WIDENED": False,
+            },
+            expects=on_all_targets(
+                ptx=("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",),
+                amdgcn=("v_mfma_f32_16x16x16_bf16",),
+                gfx90a=("v_mfma_f32_16x16x16bf16_1k",),
+                gfx950=("v_mfma_f32_16x16x32_bf16",),
+            ),
+            unaligned=frozenset({"num_rows", "num_hashes", "hash_dim"}),
+        ),
+    )

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.kernel_case import KernelCase, argument_types, on_all_targets
+
 _MAX_HEADS = 16
 
 
@@ -90,4 +92,23 @@ def merge_partial_triton(
         HAS_ROWS=rows is not None,
         HEADS=heads,
         CHANNELS=triton.next_power_of_2(head_dim),
+    )
+
+
+def kernel_cases() -> tuple[KernelCase, ...]:
+    """The accumulated output travels in vectors of 16 bytes."""
+    types = {
+        **dict.fromkeys(("output", "log_sum_exp", "part_log_sum_exp"), "*fp32"),
+        **{"part_output": "*bf16", "rows": "*i32"},
+    }
+    return (
+        KernelCase(
+            kernel=merge_kernel,
+            signature=argument_types(merge_kernel, types),
+            constants={"HAS_ROWS": True, "HEADS": _MAX_HEADS, "CHANNELS": 128},
+            expects=on_all_targets(
+                ptx=("ld.global.v4.b32", "st.global.v4.b32"),
+                amdgcn=("global_load_dwordx4", "global_store_dwordx4"),
+            ),
+        ),
     )

@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -37,12 +35,12 @@ from moe.permutation import Permutation, order_by_expert, permute, unpermute
 from moe.reference import permute_reference, unpermute_reference
 from moe.segment_sum import segment_sum
 from parallel.device import device_info, peak_or_measure
+from scripts.bench.kernel_timing import copy_bytes_per_second, measure
 
 CPU_SHAPES = ["512x256x128x8x2"]
 # DeepSeekMoE 16B (64 fine-grained experts) and Mixtral 8x7B, one rank's micro-batch.
 CUDA_SHAPES = ["16384x2048x1408x64x6", "8192x4096x14336x8x2"]
 NUM_HASHES, HASH_DIM = 6, 16
-_FLUSH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,41 +173,12 @@ def product_sides(rows: Tensor, counts: Tensor, ffn_size: int) -> Iterator[Side]
         yield Side("grouped product backward", name, back, flops=2 * flops)
 
 
-def measure(call: Callable[[], Any], device: str, rounds: int) -> float:
-    """Median seconds."""
-    for _ in range(3):
-        call()
-    if device == "cpu":
-        times = []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    events = []
-    for _ in range(rounds):
-        flush.zero_()
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        call()
-        end.record()
-        events.append((begin, end))
-    torch.cuda.synchronize()
-    milliseconds: list[float] = [begin.elapsed_time(end) for begin, end in events]
-    return statistics.median(milliseconds) / 1e3
-
-
 def find_limits(device: str, dtype: torch.dtype, rounds: int) -> Limits:
     info = device_info(device)
-    source = torch.zeros((1 << 30) if device == "cuda" else (1 << 26), dtype=torch.uint8).to(device)
-    target = torch.empty_like(source)
-    seconds = measure(lambda: target.copy_(source), device, rounds)
     peak = peak_or_measure(dtype, device=device)
     return Limits(
         sheet_bytes=info.sheet.memory_bytes_per_second if info.sheet else None,
-        copy_bytes=2 * source.nbytes / seconds,
+        copy_bytes=copy_bytes_per_second(device, rounds),
         flops=peak.flops_per_second if peak else None,
     )
 

@@ -1,29 +1,12 @@
-"""The Triton kernels of softmax cross entropy: interpreted on the CPU, and compiled for GPUs.
-
-Triton decides when it is imported whether it interprets, so that part runs in a process of its own
-(this file as a program).
-"""
+"""The Triton kernels of softmax cross entropy, interpreted on the CPU."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 import torch.distributed as dist
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from tests.megatron_ext.test_linear_cross_entropy import Case, check_case
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+from tests.triton_process import needs_triton, run_interpreted
 
 # The interpreter takes a millisecond an operation. 9,000 columns are more than one block.
 CASES = (
@@ -67,63 +50,7 @@ def check_interpreted() -> None:
 
 @needs_triton
 def test_interpreted_kernels_equal_the_definition() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == f"{len(CASES)} cases"
-
-
-# (backend, architecture, threads of a warp, text form, how it loads and stores 16 bytes at once)
-TARGETS = [
-    ("cuda", 90, 32, "ptx", ("ld.global.v4.b32", "st.global.v4.b32")),
-    ("hip", "gfx90a", 64, "amdgcn", ("global_load_dwordx4", "global_store_dwordx4")),
-]
-
-
-@needs_triton
-@pytest.mark.parametrize(("backend", "architecture", "warp_size", "text", "vectors"), TARGETS)
-def test_kernels_compile_ahead_of_time(
-    monkeypatch: pytest.MonkeyPatch,
-    backend: str,
-    architecture: int | str,
-    warp_size: int,
-    text: str,
-    vectors: tuple[str, str],
-) -> None:
-    """For GPUs that are not here; bfloat16 logits travel in vectors."""
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from megatron_ext import softmax_cross_entropy_triton as kernels
-
-    target = GPUTarget(backend, architecture, warp_size)
-    types = {
-        **dict.fromkeys(("maxima", "exp_sums", "targets", "scales", "token_weights"), "*fp32"),
-        **{"logits": "*bf16", "labels": "*i64", "vocab_size": "i32", "row_stride": "i32"},
-        "BLOCK": "constexpr",
-    }
-    for kernel, operations in (
-        (kernels.row_sums_kernel, vectors[:1]),
-        (kernels.gradient_kernel, vectors),
-    ):
-        source = ASTSource(
-            kernel,
-            {name: types[name] for name in kernel.arg_names},
-            constexprs={"BLOCK": 8192},
-            # Pointers and sizes are multiples of 16, as with real vocabularies.
-            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(kernel.arg_names) - 1)},
-        )
-        compiled = triton.compile(source, target=target, options={"num_warps": 16})
-        for operation in operations:
-            assert operation in compiled.asm[text], f"{kernel.__name__} for {architecture}"
+    assert run_interpreted(__file__).strip() == f"{len(CASES)} cases"
 
 
 if __name__ == "__main__":

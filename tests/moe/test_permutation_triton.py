@@ -1,31 +1,15 @@
-"""The Triton kernels of the permutation: interpreted on the CPU, compiled for GPUs, run on one.
-
-Triton decides when it is imported whether it interprets, so that part runs in a process of its own
-(this file as a program).
-"""
+"""The Triton kernels of the permutation: interpreted on the CPU, and run on a GPU."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from moe.permutation import order_by_expert, permute, unpermute
 from moe.segment_sum import segment_sum
 from tests.moe.routed_case import RoutedCase, routing_of
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+from tests.triton_process import needs_triton, run_interpreted
 
 # The interpreter takes a millisecond an operation. 5,000 columns are more than one block.
 CASES = (
@@ -79,70 +63,7 @@ def close(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 @needs_triton
 def test_interpreted_kernels_equal_the_definition() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == f"{len(CASES)} cases"
-
-
-# (backend, architecture, threads of a warp, text form, how it loads and stores 16 bytes at once)
-TARGETS = [
-    ("cuda", 90, 32, "ptx", ("ld.global.v4.b32", "st.global.v4.b32")),
-    ("hip", "gfx90a", 64, "amdgcn", ("global_load_dwordx4", "global_store_dwordx4")),
-]
-
-
-@needs_triton
-@pytest.mark.parametrize(("backend", "architecture", "warp_size", "text", "vectors"), TARGETS)
-def test_kernels_compile_ahead_of_time(
-    backend: str,
-    architecture: int | str,
-    warp_size: int,
-    text: str,
-    vectors: tuple[str, str],
-) -> None:
-    """For GPUs that are not here; bfloat16 rows travel in vectors."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from moe import permutation_triton as kernels
-
-    target = GPUTarget(backend, architecture, warp_size)
-    lists = dict.fromkeys(("sources", "chosen", "starts"), "*i64")
-    types = {
-        **dict.fromkeys(("rows", "gathered", "total", "grads", "grad_rows"), "*bf16"),
-        **dict.fromkeys(("weights", "grad_weights"), "*fp32"),
-        **lists,
-        **{"width": "i32", "BLOCK": "constexpr", "HAS_WEIGHTS": "constexpr"},
-    }
-    for kernel in (
-        kernels.gather_rows_kernel,
-        kernels.segment_sum_kernel,
-        kernels.weighted_gather_kernel,
-    ):
-        names = kernel.arg_names
-        constants = {"BLOCK": 2048, "HAS_WEIGHTS": True}
-        source = ASTSource(
-            kernel,
-            {name: types[name] for name in names},
-            constexprs={name: constants[name] for name in names if name in constants},
-            # Pointers and sizes are multiples of 16, as with real widths.
-            attrs={
-                (i,): [["tt.divisibility", 16]]
-                for i, name in enumerate(names)
-                if name not in constants
-            },
-        )
-        compiled = triton.compile(source, target=target, options={"num_warps": 8 * 32 // warp_size})
-        for operation in vectors:
-            assert operation in compiled.asm[text], f"{kernel.__name__} for {architecture}"
+    assert run_interpreted(__file__).strip() == f"{len(CASES)} cases"
 
 
 @pytest.mark.gpu

@@ -1,29 +1,12 @@
-"""The Triton kernel of hashing: interpreted on the CPU, and compiled for GPUs.
-
-Triton decides when it is imported whether it interprets, so that part runs in a process of its own
-(this file as a program).
-"""
+"""The Triton kernel of hashing: interpreted on the CPU, and run on a GPU."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
 from moe.lsh.hash import draw_rotations, hash_rows
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+from tests.triton_process import needs_triton, run_interpreted
 
 # num_rows, hidden_size, num_hashes, hash_dim
 HASHES = (
@@ -66,49 +49,13 @@ def check_all(device: str) -> None:
 
 @needs_triton
 def test_interpreted_kernel_equals_the_reference() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "done"
+    assert run_interpreted(__file__).strip() == "done"
 
 
 @needs_triton
 @pytest.mark.gpu
 def test_kernel_equals_the_reference_on_a_gpu() -> None:
     check_all("cuda")
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("backend", "architecture", "warp_size", "text"),
-    [("cuda", 90, 32, "ptx"), ("hip", "gfx90a", 64, "amdgcn")],
-)
-def test_kernel_compiles_ahead_of_time(
-    backend: str, architecture: Any, warp_size: int, text: str
-) -> None:
-    """For GPUs that are not here; bfloat16 is multiplied by their matrix units."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from moe.lsh.hash_triton import hash_kernel
-
-    constants = {"ROWS": 16, "CHANNELS": 64, "HASHES": 8, "DIRECTIONS": 4, "IS_WIDENED": False}
-    pointers = {"rows": "*bf16", "rotations": "*bf16", "values": "*i64", "codes": "*i64"}
-    signature = pointers | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
-        hash_kernel,
-        {name: signature.get(name, "i32") for name in hash_kernel.arg_names},
-        constexprs=constants,
-    )
-    compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp_size))
-    assert ("mma" if backend == "cuda" else "mfma") in compiled.asm[text]
 
 
 if __name__ == "__main__":

@@ -1,28 +1,11 @@
-"""Merging partial attentions: the reference, and the Triton kernel interpreted and compiled.
-
-Triton decides when it is imported whether it interprets, so that part runs in a process of its own
-(this file as a program).
-"""
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+"""Merging partial attentions: the reference, and the Triton kernel interpreted and on a GPU."""
 
 import pytest
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
 from parallel.attention.merge import merge_partial
 from tests.parallel.attention.merge_case import CASES, MergeCase, check_merge
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+from tests.triton_process import needs_triton, run_interpreted
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -36,16 +19,7 @@ def test_float64_stays_float64() -> None:
 
 @needs_triton
 def test_interpreted_kernel_equals_the_definition() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == f"{len(CASES)} cases"
+    assert run_interpreted(__file__).strip() == f"{len(CASES)} cases"
 
 
 def check_interpreted() -> None:
@@ -53,53 +27,6 @@ def check_interpreted() -> None:
 
     for case in CASES:
         check_merge(merge_partial_triton, case)
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("backend", "architecture", "warp_size", "text", "vectors"),
-    [
-        ("cuda", 90, 32, "ptx", ("ld.global.v4.b32", "st.global.v4.b32")),
-        ("hip", "gfx90a", 64, "amdgcn", ("global_load_dwordx4", "global_store_dwordx4")),
-    ],
-)
-def test_kernel_compiles_ahead_of_time(
-    backend: str,
-    architecture: Any,
-    warp_size: int,
-    text: str,
-    vectors: tuple[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """For GPUs that are not here; the accumulated output travels in vectors."""
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from parallel.attention.merge_triton import merge_kernel
-
-    types = {
-        **dict.fromkeys(("output", "log_sum_exp", "part_log_sum_exp"), "*fp32"),
-        **{"part_output": "*bf16", "rows": "*i32"},
-        **dict.fromkeys(("HAS_ROWS", "HEADS", "CHANNELS"), "constexpr"),
-    }
-    names = merge_kernel.arg_names
-    source = ASTSource(
-        merge_kernel,
-        {name: types.get(name, "i32") for name in names},
-        constexprs={"HAS_ROWS": True, "HEADS": 16, "CHANNELS": 128},
-        # Pointers and strides are multiples of 16, as with real heads.
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if types.get(name) != "constexpr"
-        },
-    )
-    target = GPUTarget(backend, architecture, warp_size)
-    compiled = triton.compile(source, target=target, options={"num_warps": 4})
-    for operation in vectors:
-        assert operation in compiled.asm[text]
 
 
 @pytest.mark.gpu
