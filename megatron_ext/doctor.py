@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_ext.cuda_compiler import HOW_TO_BUILD, HOW_TO_INSTALL, cuda_library, find_nvcc
+from megatron_ext.device_probe import accelerators, hardware_summary
+
 _REQUIRED = (
     "torch",
     "megatron-core",
@@ -31,6 +34,11 @@ _OPTIONAL = (
     ("tensorboard", "tensorboard", "log.tensorboard; install 'megatron-ext[tensorboard]'"),
     ("wandb", "wandb", "log.wandb_project; install 'megatron-ext[wandb]'"),
     ("triton", "triton", "Triton kernels; plain torch serves"),
+    (
+        "transformer_engine",
+        "transformer_engine",
+        "Transformer Engine's linear layers; the project's own recipes serve",
+    ),
 )
 
 
@@ -52,17 +60,35 @@ def doctor() -> int:
         found = util.find_spec(module) is not None
         version = _version(name) if found else None
         table.add_row(name, version or ("found" if found else "not installed"), escape(consequence))
-    for tool, consequence in (
-        ("nvcc", "building the CUDA kernels"),
-        ("srun", "starting ranks with Slurm"),
-    ):
-        table.add_row(tool, shutil.which(tool) or "not on PATH", consequence)
+    table.add_row("srun", shutil.which("srun") or "not on PATH", "starting ranks with Slurm")
+    for row in _kernel_rows():
+        table.add_row(*map(escape, row))
     console.print(table)
     if missing:
         console.print(f"missing: {', '.join(missing)}; run pip install megatron-ext", markup=False)
         return 1
     _print_device(console)
     return 0
+
+
+def _kernel_rows() -> list[tuple[str, str, str]]:
+    """What products in few bits run on."""
+    nvcc, library, devices = find_nvcc(), cuda_library(), accelerators()
+    emulated = "emulated: rounded as the format says, multiplied in more bits"
+    return [
+        (
+            "nvcc",
+            "not found" if nvcc is None else str(nvcc),
+            f"building the CUDA kernels; {HOW_TO_INSTALL}",
+        ),
+        (
+            "CUDA kernels",
+            "not built" if library is None else library.name,
+            f"CUDA kernels; Triton or plain torch serve; {HOW_TO_BUILD}",
+        ),
+        ("FP8 hardware", hardware_summary(devices, 8), f"fp8 and mxfp8 recipes are {emulated}"),
+        ("FP4 hardware", hardware_summary(devices, 4), f"nvfp4 and quartet recipes are {emulated}"),
+    ]
 
 
 def _version(distribution: str) -> str | None:
