@@ -241,6 +241,7 @@ class PrecisionConfig(Section):
         "nvfp4",
         "quartet",
         "quartet2",
+        "luq",
     ] = "bf16"
     """Formats of the three matrix products of the linear layers in transformer layers; the rest,
     weights, optimizer, embedding and output layer keep `dtype`. bf16: products of `dtype` too."""

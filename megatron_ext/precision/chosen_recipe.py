@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 from megatron_ext.config import Config
 from megatron_ext.precision.linear_recipe import LinearRecipe, linear_recipes, override
+from megatron_ext.precision.luq import luq_recipe
 
 
 def chosen_recipe(config: Config) -> LinearRecipe:
     """With the configuration's changes. ValueError: a change makes no sense."""
-    recipe = linear_recipes()[config.precision.recipe]
+    name = config.precision.recipe
+    recipe = luq_recipe() if name == "luq" else linear_recipes()[name]
     return override(recipe, config.precision.operands)
 
 

@@ -57,8 +57,9 @@ def block_hadamard(values: Tensor, group: int, signs: Tensor | None = None) -> T
 
 
 def inverse_block_hadamard(values: Tensor, group: int, signs: Tensor | None = None) -> Tensor:
-    """values H_g S: undoes `block_hadamard` up to rounding."""
-    turned = block_hadamard(values, group)
-    if signs is None:
-        return turned
-    return (turned.view(-1, group) * signs).view(values.shape)
+    """values H_g S: undoes `block_hadamard` up to rounding. By a matrix: nothing is stored of it,
+    so the order of its sums is free."""
+    matrix = hadamard_matrix(group, device=values.device)
+    if signs is not None:
+        matrix = matrix * signs
+    return (values.reshape(-1, group) @ matrix).view(values.shape)

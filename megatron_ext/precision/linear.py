@@ -26,12 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_ext.precision.gemm import multiply
 from megatron_ext.precision.hadamard import inverse_block_hadamard
-from megatron_ext.precision.linear_recipe import LinearRecipe
+from megatron_ext.precision.linear_recipe import BackendName, LinearRecipe
+from megatron_ext.precision.quantize import quantize
 from megatron_ext.precision.quantized import Quantized
 from megatron_ext.precision.quantizer import Quantizer
 from megatron_ext.precision.random_bits import derive_seed, random_signs
-from megatron_ext.precision.reference import ReduceAmax, multiply, quantize, read
+from megatron_ext.precision.reference import ReduceAmax, read
 
 _Matrix = Literal["rows", "weight", "grad"]
 _MATRICES: tuple[_Matrix, ...] = ("rows", "weight", "grad")
@@ -119,7 +121,7 @@ class _LowPrecisionLinear(torch.autograd.Function):
         seeds: LinearSeeds,
         shares: Shares | None,
     ) -> Tensor:
-        store = _Store(seeds, shares)
+        store = _Store(seeds, shares, recipe.backend)
         left = store(rows, recipe.forward_input, "rows", _FORWARD)
         right = store(weight, recipe.forward_weight, "weight", _FORWARD)
         kept: Quantized | Tensor = left
@@ -129,7 +131,7 @@ class _LowPrecisionLinear(torch.autograd.Function):
         ctx.weight_is_stored = recipe.backward_reads == "stored"
         saved, ctx.formats = _flatten((kept, right) if ctx.weight_is_stored else (kept,))
         ctx.save_for_backward(weight, *saved)
-        return multiply(left, right).to(rows.dtype)
+        return store.multiply(left, right, out_dtype=rows.dtype)
 
     @staticmethod
     @once_differentiable
@@ -142,7 +144,9 @@ class _LowPrecisionLinear(torch.autograd.Function):
             used = read(stored[0]) if stored else weight
             left = store(grad, recipe.dgrad_grad, "grad", _DGRAD)
             right = store(used.t(), recipe.dgrad_weight, "weight", _DGRAD)
-            grad_rows = multiply(left, right)
+            grad_rows = store.multiply(
+                left, right, out_dtype=torch.float32 if stored else ctx.dtype
+            )
             if stored:
                 grad_rows = _turned_back(grad_rows, kept, recipe.forward_input, store.seeds)
             grad_rows = grad_rows.to(ctx.dtype)
@@ -151,7 +155,7 @@ class _LowPrecisionLinear(torch.autograd.Function):
             right = kept
             if stored:
                 right = store.tokens_last(read(kept), recipe.wgrad_input, "rows")
-            grad_weight = multiply(left, right)
+            grad_weight = store.multiply(left, right)
             if stored:
                 quantizer = recipe.forward_weight
                 grad_weight = _turned_back(grad_weight, stored[0], quantizer, store.seeds)
@@ -161,10 +165,11 @@ class _LowPrecisionLinear(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    """Quantises the operands of one pass."""
+    """Quantises the operands of one pass, and multiplies them."""
 
     seeds: LinearSeeds
     shares: Shares | None
+    backend: BackendName
 
     def __call__(
         self, matrix: Tensor, quantizer: Quantizer | None, name: _Matrix, product: int
@@ -177,7 +182,17 @@ class _Store:
             seed=self.seeds.rounding(product, _MATRICES.index(name)),
             signs=self.seeds.signs(quantizer, product),
             reduce_amax=None if self.shares is None else self.shares.of(name),
+            backend=self.backend,
         )
+
+    def multiply(
+        self,
+        left: Quantized | Tensor,
+        right: Quantized | Tensor,
+        *,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        return multiply(left, right, out_dtype=out_dtype, backend=self.backend)
 
     def tokens_last(
         self, rows: Tensor, quantizer: Quantizer | None, name: _Matrix

@@ -37,6 +37,7 @@ from megatron_ext.precision.block_format import (
 from megatron_ext.precision.quantizer import Quantizer
 
 BackwardReads = Literal["original", "stored"]
+BackendName = Literal["auto", "reference", "cpu", "triton", "cuda", "scaled_mm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class LinearRecipe:
             then in its basis and are masked and turned back (Quartet).
         keep_last_share: share of the layers, the last ones, that stay as they are unless the
             configuration says which.
+        backend: who stores and multiplies (`backend.py`).
     """
 
     name: str
@@ -60,6 +62,7 @@ class LinearRecipe:
     wgrad_input: Quantizer | None = None
     backward_reads: BackwardReads = "original"
     keep_last_share: float = 0.0
+    backend: BackendName = "auto"
 
     def operands(self) -> dict[str, Quantizer | None]:
         return {name: getattr(self, name) for name in OPERANDS}

@@ -30,5 +30,11 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor) -> Tensor:
     """uint8 [..., n / 8] -> bool [..., n]."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> places) & 1).flatten(-2).bool()
+    eights = _bits_of_bytes(packed.device).index_select(0, packed.reshape(-1).to(torch.int32))
+    return eights.view(torch.bool).view(*packed.shape[:-1], -1)
+
+
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """The eight bits of every byte as eight bytes in one word: int64 [256]."""
+    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    return bits.to(torch.uint8).view(torch.int64).view(-1)

@@ -13,7 +13,7 @@ from typing import Literal
 from megatron_ext.precision.block_format import BlockFormat
 
 Rounding = Literal["nearest", "stochastic"]
-ScaleRule = Literal["absmax", "quest", "headroom", "eden"]
+ScaleRule = Literal["absmax", "quest", "headroom", "eden", "sawb"]
 Signs = Literal["none", "fixed", "random"]
 
 
@@ -46,3 +46,15 @@ class Quantizer:
     def group(self) -> int:
         """What the contracted dim must be a multiple of."""
         return max(self.hadamard_group, self.block_format.block_columns or 1)
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether a float32 scale of the tensor is stored."""
+        return self.block_format.has_tensor_scale or self.scale_rule == "headroom"
+
+    @property
+    def needs_tensor_amax(self) -> bool:
+        """Whether scales follow from the largest magnitude of the whole tensor."""
+        block_format = self.block_format
+        is_whole = block_format.block_rows is None and block_format.block_columns is None
+        return is_whole or (block_format.has_tensor_scale and self.scale_rule != "headroom")

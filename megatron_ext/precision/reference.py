@@ -47,6 +47,8 @@ EDEN_FACTOR = (17.0 / 16.0) * 0.93
 EDEN_SCALES_MAX = 255.99
 # A block stored with its largest value at 4 has a scale half as large again.
 FOUR_OVER_SIX_SCALES_MAX = 256.0
+# SAWB: where 4 bits clip a tensor, from its root mean square and its mean magnitude.
+SAWB_SQUARE, SAWB_SIZE = 12.68, 12.80
 # The largest value of a block is below 2^(e_max + 1) scales; 3/4 of it fits E2M1 (Quartet).
 HEADROOM = 4.0 / 3.0
 
@@ -140,6 +142,16 @@ def tree_sum(values: Tensor) -> Tensor:
     return values.squeeze(-1)
 
 
+def sawb_clip(values: Tensor) -> Tensor:
+    """c1 sqrt(E[x^2]) - c2 E|x|, where that is a magnitude the tensor has: float32 []."""
+    share = 1.0 / max(values.numel(), 1)
+    size = values.abs().flatten()
+    square = (tree_sum(size.square()) * share).sqrt()
+    clip = square * SAWB_SQUARE - tree_sum(size) * share * SAWB_SIZE
+    largest = size.amax()
+    return torch.where(clip > 0, torch.minimum(clip, largest), largest)
+
+
 def block_amax(values: Tensor, block_format: BlockFormat) -> Tensor:
     """Largest magnitude of each block: float32 [down, across]; NaN where a block has one."""
     return _blocks(values.abs(), block_format).amax(dim=(1, 3))
@@ -217,6 +229,10 @@ def _ideal_scales(values: Tensor, quantizer: Quantizer, reduce_amax: ReduceAmax 
         # In this order; the square of a mean rounded away can leave less than nothing.
         variance = (tree_sum(blocks.square()) * share - mean.square()).clamp(min=0.0)
         return floor_power_of_two(variance.sqrt() * (QUEST_FACTOR * SQRT_2))
+    if quantizer.scale_rule == "sawb":
+        clip = sawb_clip(values)
+        clip = clip if reduce_amax is None else reduce_amax(clip)
+        return clip.view(1, 1) * (1.0 / element.max_value)
     if block_format.block_rows is None and block_format.block_columns is None:
         largest = _tensor_amax(values, reduce_amax).view(1, 1)
     else:

@@ -9,6 +9,7 @@ The reciprocal is taken once a block, by IEEE division, so every backend has the
 | `absmax` | a / M, M the largest value of the element format |
 | `quest` | power of two nearest to 2.92247856 std / M: the clipping that loses least (QuEST) |
 | `headroom` | 4/3 of the power of two below a / 2^e_max: nothing is clipped (Quartet, backward) |
+| `sawb` | (12.68 sqrt(E[x^2]) - 12.80 E|x|) / M, over the tensor (LUQ, forward) |
 | `eden` | 0.93 * 17/16 of absmax: less error, corrected afterwards (Quartet II, backward) |
 
 and then written in the scale's own format:
