@@ -8,10 +8,10 @@ from typing import Any
 from tests.megatron_ext.tiny_run import opened, tiny_tree
 from tests.rank_pool import Ranks
 
-NUM_STEPS = 40
+NUM_STEPS = 30
 MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 2}
 # Relative square error of one operand (`test_reference.py`; FP8: E4M3's 2^-4 at worst, squared).
-SQUARE_ERRORS = {"fp8_blockwise": 2.0**-8, "mxfp8": 2.0**-8, "nvfp4": 0.014, "quartet": 0.014}
+SQUARE_ERRORS = {"mxfp8": 2.0**-8, "quartet": 0.014}
 
 
 def train_losses(tree: dict[str, Any], num_steps: int) -> list[float]:
@@ -24,7 +24,7 @@ def train_losses(tree: dict[str, Any], num_steps: int) -> list[float]:
 def tree_of(corpus: Path, name: str) -> dict[str, Any]:
     tree = tiny_tree(corpus, corpus.parent / name)
     tree["model"] |= MODEL
-    tree["train"] |= {"train_iters": NUM_STEPS}
+    tree["train"] |= {"train_iters": NUM_STEPS, "global_batch_tokens": 256}
     return tree | {"precision": {"dtype": "fp32", "recipe": name, "keep_last_share": 0.0}}
 
 
@@ -45,6 +45,7 @@ def test_recipes_learn_nearly_what_bf16_learns(ranks: Ranks, corpus: Path) -> No
     for name, (values,) in losses.items():
         last = sum(values[-5:]) / 5
         learnt[name] = values[0] - last
+    print(learnt)
     assert learnt["bf16"] > 1.0
     for name, error in SQUARE_ERRORS.items():
         share = learnt[name] / learnt["bf16"]

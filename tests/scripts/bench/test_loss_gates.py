@@ -85,4 +85,4 @@ def test_a_run_trains_and_reports(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def one_run(corpus: Path) -> dict[str, Any]:
-    return loss_gates.train("luq", seed=1, steps=2, corpus=corpus)
+    return loss_gates.train("luq", seed=1, steps=2, corpus=corpus, eval_tokens=2000)
