@@ -190,11 +190,8 @@ class _OnEnd:
         """[n, groups] -> [rows, columns / group * n]."""
         rows, across = self.num_groups
         count = values.shape[0]
-        if self.is_turned:
-            values = values.view(count, across, rows).permute(2, 1, 0)
-        else:
-            values = values.t()
-        return values.reshape(rows, across * count).contiguous()
+        turned = values.view(count, across, rows).permute(2, 1, 0) if self.is_turned else values.t()
+        return turned.reshape(rows, across * count).contiguous()
 
     def _unbiased(self, values: Tensor, found: Tensor, scales: Tensor) -> Tensor:
         """EDEN: as `reference._unbiased_scales`."""

@@ -61,11 +61,11 @@ MODEL = {
     "num_attention_heads": 2,
 }
 SEQUENCE_LENGTH = 256
-TOKENS_PER_STEP = 4096
-NUM_STEPS = 400
+TOKENS_PER_STEP = 2048
+NUM_STEPS = 300
 LEARNING_RATE = 4e-3
-NUM_VALIDATIONS = 8
-EVAL_TOKENS = 30000
+NUM_VALIDATIONS = 6
+EVAL_TOKENS = 24000
 CORPUS = "runs/data/python-stdlib-1024"
 PREPARATION = {
     "input": ["python-stdlib"],
@@ -104,10 +104,10 @@ def train(
         config = check_config(tree, world_size=1)
         for each in config.data.corpora:
             prepare_corpus(each)
-        curve: list[dict[str, float]] = []
+        curve: list[dict[str, Any]] = []
         began = time.perf_counter()
         with open_run(config, open_device(config, torch.device("cpu")), Path(folder)) as run:
-            losses: list[float] = []
+            losses: list[Any] = []
             for step in range(1, steps + 1):
                 losses.append(train_step(run)["loss"])
                 if step % max(1, steps // NUM_VALIDATIONS) == 0 or step == steps:
@@ -239,7 +239,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         by_name.setdefault(run["name"], []).append(run)
 
     def mean(name: str, figure: str) -> float:
-        return statistics.mean(run[figure] for run in by_name[name])
+        return statistics.mean(float(run[figure]) for run in by_name[name])
 
     lines = ["| run | seeds | loss | bits per byte | gap to bf16, % | of single seeds |"]
     lines.append("|---|---|---|---|---|---|")

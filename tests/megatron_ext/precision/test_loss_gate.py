@@ -18,7 +18,7 @@ def train_losses(tree: dict[str, Any], num_steps: int) -> list[float]:
     from megatron_ext.trainer import train_step
 
     with opened(tree) as run:
-        return [train_step(run)["loss"] for _ in range(num_steps)]
+        return [float(str(train_step(run)["loss"])) for _ in range(num_steps)]
 
 
 def tree_of(corpus: Path, name: str) -> dict[str, Any]:
@@ -45,7 +45,6 @@ def test_recipes_learn_nearly_what_bf16_learns(ranks: Ranks, corpus: Path) -> No
     for name, (values,) in losses.items():
         last = sum(values[-5:]) / 5
         learnt[name] = values[0] - last
-    print(learnt)
     assert learnt["bf16"] > 1.0
     for name, error in SQUARE_ERRORS.items():
         share = learnt[name] / learnt["bf16"]
