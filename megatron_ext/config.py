@@ -252,6 +252,9 @@ class PrecisionConfig(Section):
     """Transformer layers, from 0, whose products keep `dtype`; null: what keep_last_share says."""
     keep_last_share: float | None = Field(default=None, ge=0, le=1)
     """Share of the layers, the last ones, rounded up; null: the recipe's own."""
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda", "scaled_mm"] = "auto"
+    """Who stores and multiplies in few bits; auto: the fastest that this device has. What is named
+    here runs, or the run does not start."""
 
 
 class CheckpointConfig(Section):

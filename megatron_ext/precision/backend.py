@@ -4,14 +4,14 @@
 |---|---|---|---|
 | `reference` | all | all | anywhere: the definition, in float32 torch |
 | `cpu` | all | all | CPU: the same bits, faster |
-| `triton` | all | all | CUDA and ROCm; a CPU under the interpreter |
+| `triton` | - | all | CUDA and ROCm; a CPU under the interpreter |
 | `cuda` | as it was built | as it was built | CUDA, where the extension was compiled |
 | `scaled_mm` | - | what `torch._scaled_mm` takes | CUDA |
 
 `auto` takes the first of a fixed order that can. What is asked for by name is what runs, or a
-UserError says why not and what would. `scaled_mm` only multiplies; operands are stored by what
-`auto` takes. A product with an operand in the run's dtype is no product of few bits and is done in
-float32 by `reference` whatever was asked for.
+UserError says why not and what would. `triton` and `scaled_mm` only multiply; operands are stored
+by what `auto` takes. A product with an operand in the run's dtype is no product of few bits and is
+done in float32 by `reference` whatever was asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_ext.errors import UserError
-from megatron_ext.precision.block_format import BlockFormat
+from megatron_ext.precision.block_format import BLOCK_FORMATS, BlockFormat
 from megatron_ext.precision.linear_recipe import BackendName
 from megatron_ext.precision.quantizer import Quantizer
 from parallel.device import DeviceInfo, device_info
@@ -47,7 +47,6 @@ _IMPLEMENTATIONS: dict[tuple[BackendName, Operation], tuple[str, str]] = {
     ("cpu", "quantize"): ("quantize_cpu", "quantize_cpu"),
     ("cpu", "multiply"): ("gemm_cpu", "multiply_cpu"),
     ("cpu", "grouped_multiply"): ("gemm_cpu", "grouped_multiply_cpu"),
-    ("triton", "quantize"): ("quantize_triton", "quantize_triton"),
     ("triton", "multiply"): ("gemm_triton", "multiply_triton"),
     ("triton", "grouped_multiply"): ("grouped_gemm_triton", "grouped_multiply_triton"),
     ("cuda", "quantize"): ("quantize_cuda", "quantize_cuda"),
@@ -62,7 +61,7 @@ def choose(
     backend: BackendName, operation: Operation, subject: Subject, device: torch.device
 ) -> BackendName:
     """The backend that runs. UserError where the one asked for by name cannot."""
-    if backend == "scaled_mm" and operation == "quantize":
+    if (backend, operation) in (("scaled_mm", "quantize"), ("triton", "quantize")):
         backend = "auto"
     if backend != "auto":
         if reason := why_not(backend, operation, subject, device):
@@ -89,6 +88,8 @@ def why_not(
         return f"it has no way to {operation.replace('_', ' ')}"
     if reason := _why_not_here(backend, device):
         return reason
+    if backend not in ("reference", "cpu") and _is_to_compare_with(subject):
+        return "LUQ is there to be compared with, in torch alone"
     module_name, _ = _IMPLEMENTATIONS[backend, operation]
     try:
         module = _module(module_name)
@@ -113,6 +114,13 @@ def _why_not_here(backend: BackendName, device: torch.device) -> str:
     if backend == "triton" and kind == "cpu" and not _is_interpreted():
         return "on a CPU it runs only under TRITON_INTERPRET=1"
     return ""
+
+
+def _is_to_compare_with(subject: Subject) -> bool:
+    """Formats and rules of `luq.py`."""
+    if isinstance(subject, Quantizer):
+        return subject.scale_rule == "sawb" or subject.block_format.name not in BLOCK_FORMATS
+    return any(block_format.name not in BLOCK_FORMATS for block_format in subject)
 
 
 def _in_words(operation: Operation, subject: Subject) -> str:

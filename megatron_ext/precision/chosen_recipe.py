@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_ext.config import Config
 from megatron_ext.precision.linear_recipe import LinearRecipe, linear_recipes, override
@@ -14,6 +15,7 @@ def chosen_recipe(config: Config) -> LinearRecipe:
     """With the configuration's changes. ValueError: a change makes no sense."""
     name = config.precision.recipe
     recipe = luq_recipe() if name == "luq" else linear_recipes()[name]
+    recipe = replace(recipe, backend=config.precision.backend)
     return override(recipe, config.precision.operands)
 
 
