@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems: list[str] = []
     jobs: list[Job] = []
     if not options.no_triton:
-        found, wrong = _triton_part()
+        found, wrong = _triton_part(options.only)
         jobs += found
         problems += wrong
     if not options.no_cuda:
@@ -50,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs += found
         problems += wrong
     jobs = [job for job in jobs if options.only in job.label and _is_for(job, options.target)]
-    problems = [problem for problem in problems if options.only in problem]
     if not jobs and not problems:
         problems.append(f"nothing to compile: --only {options.only!r} --target {options.target}")
     results = sorted(
@@ -88,13 +87,14 @@ def table(results: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def _triton_part() -> tuple[list[Job], list[str]]:
+def _triton_part(only: str) -> tuple[list[Job], list[str]]:
     """What is to be compiled with Triton, and what is wrong already."""
     if importlib.util.find_spec("triton") is None:
         return [], ["triton is not installed: pip install triton (or say --no-triton)"]
     names = list(triton_modules())
     try:
-        return [job for name in names for job in triton_jobs(name)], uncovered(names)
+        without_case = [problem for problem in uncovered(names) if only in problem]
+        return [job for name in names for job in triton_jobs(name)], without_case
     except Exception as error:
         return [], [f"a file with Triton kernels cannot be asked: {type(error).__name__}: {error}"]
 
