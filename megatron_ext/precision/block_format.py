@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_ext.precision.element_format import E2M1, E4M3, E5M2, ElementFormat
+from megatron_ext.precision.element_format import E1M2, E2M1, E3M0, E4M3, E5M2, ElementFormat
 
 ScaleFormat = Literal["fp32", "e8m0", "e4m3"]
 
@@ -70,6 +70,9 @@ MXFP8 = BlockFormat("mxfp8", E4M3, 1, 32, "e8m0")
 MXFP4 = BlockFormat("mxfp4", E2M1, 1, 32, "e8m0")
 NVFP4 = BlockFormat("nvfp4", E2M1, 1, 16, "e4m3", has_tensor_scale=True)
 NVFP4_2D = BlockFormat("nvfp4_2d", E2M1, 16, 16, "e4m3", has_tensor_scale=True)
+# Of `luq.py`, to compare with; no kernel stores or multiplies them.
+INT4_TENSOR = BlockFormat("int4_tensor", E1M2, None, None, "fp32")
+LOG4_TENSOR = BlockFormat("log4_tensor", E3M0, None, None, "fp32")
 
 
 def _with_e5m2(block_format: BlockFormat) -> BlockFormat:
@@ -94,6 +97,7 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
 
 def named_block_format(name: str) -> BlockFormat:
     """ValueError with the names there are."""
-    if name not in BLOCK_FORMATS:
-        raise ValueError(f"no block format {name!r}; there are {', '.join(BLOCK_FORMATS)}")
-    return BLOCK_FORMATS[name]
+    known = BLOCK_FORMATS | {each.name: each for each in (INT4_TENSOR, LOG4_TENSOR)}
+    if name not in known:
+        raise ValueError(f"no block format {name!r}; there are {', '.join(known)}")
+    return known[name]

@@ -60,3 +60,6 @@ class ElementFormat:
 E4M3 = ElementFormat("e4m3", 4, 3, 448.0, None, 0x7F, "float8_e4m3fn")
 E5M2 = ElementFormat("e5m2", 5, 2, 57344.0, 0x7C, 0x7E, "float8_e5m2")
 E2M1 = ElementFormat("e2m1", 2, 1, 6.0, None, None, None)
+# Only to compare with (`luq.py`): 0, 0.5, ..., 3.5, integers of 4 bits; and 0, 2^-2, ..., 2^4.
+E1M2 = ElementFormat("e1m2", 1, 2, 3.5, None, None, None)
+E3M0 = ElementFormat("e3m0", 3, 0, 16.0, None, None, None)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ext.precision.element_format import E2M1, E4M3, E5M2, ElementFormat
+from megatron_ext.precision.element_format import E1M2, E2M1, E4M3, E5M2, ElementFormat
 from megatron_ext.precision.formats import code_values, encode
 from megatron_ext.precision.random_bits import MULTIPLIER_1, MULTIPLIER_2, mix_int
 
@@ -37,6 +37,9 @@ def encode_elements(
     is_finite = bool(factors.isfinite().all())
     if element == E2M1 and is_finite:
         return _encode_e2m1(scaled, uniform)
+    if element == E1M2 and uniform is None and is_finite:
+        codes = scaled.abs().mul_(2.0).round_().clamp_(max=7.0).to(torch.int32)
+        return codes.add_(_sign(scaled)).to(torch.uint8)
     if element in (E4M3, E5M2) and uniform is None and is_finite:
         return _cast(scaled, element)
     return encode(scaled, element, uniform)
@@ -67,8 +70,12 @@ def _encode_e2m1(scaled: Tensor, uniform: Tensor | None) -> Tensor:
         twice = torch.sub(255 << 23, power).view(torch.float32)
         codes = size.mul_(twice).add_(uniform).floor_().to(torch.int32)
         codes.add_(power.bitwise_right_shift_(22)).sub_(254).clamp_(max=7)
-    sign = (scaled.view(torch.int32) >> 28).bitwise_and_(8)
-    return codes.add_(sign).to(torch.uint8)
+    return codes.add_(_sign(scaled)).to(torch.uint8)
+
+
+def _sign(scaled: Tensor) -> Tensor:
+    """The top bit of a code of 4 bits: int32."""
+    return (scaled.view(torch.int32) >> 28).bitwise_and_(8)
 
 
 def decode_elements(codes: Tensor, element: ElementFormat) -> Tensor:

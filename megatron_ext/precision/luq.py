@@ -16,16 +16,9 @@ precision at the end. SAWB: Choi et al., arXiv 1807.06964, coefficients of 4 bit
 
 from __future__ import annotations
 
-from megatron_ext.precision.block_format import BlockFormat
-from megatron_ext.precision.element_format import ElementFormat
+from megatron_ext.precision.block_format import INT4_TENSOR, LOG4_TENSOR
 from megatron_ext.precision.linear_recipe import LinearRecipe
 from megatron_ext.precision.quantizer import Quantizer
-
-# 0, 0.5, ..., 3.5; and 0, 2^-2, ..., 2^4.
-E1M2 = ElementFormat("e1m2", 1, 2, 3.5, None, None, None)
-E3M0 = ElementFormat("e3m0", 3, 0, 16.0, None, None, None)
-INT4_TENSOR = BlockFormat("int4_tensor", E1M2, None, None, "fp32")
-LOG4_TENSOR = BlockFormat("log4_tensor", E3M0, None, None, "fp32")
 
 
 def luq_recipe() -> LinearRecipe:

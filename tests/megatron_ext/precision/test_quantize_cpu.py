@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ext.precision.block_format import BLOCK_FORMATS, MXFP4, MXFP8, NVFP4
-from megatron_ext.precision.element_format import E2M1, E4M3, E5M2, ElementFormat
+from megatron_ext.precision.element_format import E1M2, E2M1, E3M0, E4M3, E5M2, ElementFormat
 from megatron_ext.precision.encode_cpu import encode_elements, uniform_at
 from megatron_ext.precision.formats import encode
 from megatron_ext.precision.gemm_cpu import multiply_cpu, stored_values
 from megatron_ext.precision.linear_recipe import linear_recipes
-from megatron_ext.precision.luq import E1M2, E3M0, luq_recipe
+from megatron_ext.precision.luq import luq_recipe
 from megatron_ext.precision.quantize_cpu import quantize_cpu
 from megatron_ext.precision.quantized import Quantized
 from megatron_ext.precision.quantizer import Quantizer
