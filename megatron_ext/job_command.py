@@ -19,7 +19,7 @@ from megatron_ext.config_file import dump_config, load_config
 from megatron_ext.data.corpus import Corpus
 from megatron_ext.data.prepare import prepare
 from megatron_ext.data.settings import PrepareSettings
-from megatron_ext.data.workplace import METADATA_FILE
+from megatron_ext.data.workplace import METADATA_FILE, PreparationUnderWay
 from megatron_ext.errors import UserError
 from megatron_ext.launch.local import run_local
 from megatron_ext.launch.ranks import RankInfo, discover
@@ -110,7 +110,21 @@ def prepare_corpus(corpus: CorpusConfig) -> None:
             _refuse_other_preparation(opened, corpus.prepare)
         return
     print(f"preparing {path} (once)", flush=True)
-    prepare(_settings(corpus.prepare, path))
+    _prepare_or_wait(_settings(corpus.prepare, path))
+
+
+def _prepare_or_wait(settings: PrepareSettings) -> None:
+    """Runs started together want the same corpus: one prepares, the others wait for it."""
+    is_told = False
+    while True:
+        try:
+            prepare(settings)
+            return
+        except PreparationUnderWay:
+            if not is_told:
+                print(f"another run prepares {settings.output}; waiting for it", flush=True)
+            is_told = True
+            time.sleep(_WAIT_SECONDS)
 
 
 def _refuse_other_preparation(corpus: Corpus, options: PrepareConfig) -> None:

@@ -80,6 +80,10 @@ def _absolute(text: str) -> str:
     return text if text == PYTHON_STDLIB else str(Path(text).resolve())
 
 
+class PreparationUnderWay(UserError):
+    """Another process prepares the same folder now."""
+
+
 class Workplace:
     """The output folder, held by one preparation at a time.
 
@@ -87,7 +91,8 @@ class Workplace:
         output: the folder.
 
     Raises:
-        UserError: it cannot be made, or another preparation works in it.
+        UserError: it cannot be made.
+        PreparationUnderWay: another preparation works in it.
     """
 
     def __init__(self, output: Path) -> None:
@@ -106,7 +111,7 @@ class Workplace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise UserError(
+            raise PreparationUnderWay(
                 f"another preparation is at work in {output}. Wait for it, or end it first"
             ) from None
         except OSError:

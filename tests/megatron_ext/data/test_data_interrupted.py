@@ -177,6 +177,27 @@ def test_two_preparations_do_not_share_a_folder(tmp_path: Path, source: Path) ->
     assert Corpus.open(output).train.num_documents > 0
 
 
+_FIRST_USE = """
+import sys
+from megatron_ext.config import CorpusConfig
+from megatron_ext.job_command import prepare_corpus
+prepare = {"input": [sys.argv[1]], "tokenizer": "train:400"}
+prepare_corpus(CorpusConfig.model_validate({"path": sys.argv[2], "prepare": prepare}))
+"""
+
+
+def test_runs_started_together_share_one_preparation(tmp_path: Path, source: Path) -> None:
+    output = tmp_path / "corpus"
+    first_use = [sys.executable, "-c", _FIRST_USE, str(source / "long.txt"), str(output)]
+    runs = [
+        subprocess.Popen(first_use, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    told = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    assert Corpus.open(output).train.num_documents > 0
+
+
 def test_a_file_size_limit_is_a_full_disk(
     tmp_path: Path, source: Path, uninterrupted: Callable[[str], dict[str, bytes]]
 ) -> None:
