@@ -13,6 +13,12 @@ from rich.table import Table
 
 from megatron_ext.cuda_compiler import HOW_TO_BUILD, HOW_TO_INSTALL, cuda_library, find_nvcc
 from megatron_ext.device_probe import accelerators, hardware_summary
+from parallel.host_cpu import (
+    cpu_has_bf16_hardware,
+    cpu_name,
+    host_memory_bytes,
+    num_usable_cores,
+)
 
 _REQUIRED = (
     "torch",
@@ -99,17 +105,31 @@ def _version(distribution: str) -> str | None:
 
 
 def _print_device(console: Console) -> None:
-    # Only now, for it loads torch.
+    found = accelerators()
+    if not found:
+        bf16 = "in hardware" if cpu_has_bf16_hardware() else "not in hardware, so fp32 is used"
+        console.print(
+            f"device: CPU, {cpu_name()}, {num_usable_cores()} cores, "
+            f"{host_memory_bytes() / 2**30:.1f} GiB; bf16 {bf16}",
+            markup=False,
+        )
+        return
+    # Whether torch sees what is there only torch can say, which takes seconds to load.
     import torch
 
     from parallel.device import device_info
 
     info = device_info()
-    has_bf16 = "in hardware" if info.has_bf16_hardware else "not in hardware, so fp32 is used"
-    count = torch.cuda.device_count() if info.kind != "cpu" else 1
+    if info.kind == "cpu":
+        console.print(
+            f"device: CPU; {len(found)} x {found[0].name} is here, but torch {torch.__version__} "
+            "does not see it: install a build of torch for it, and look at its driver",
+            markup=False,
+        )
+        return
+    bf16 = "in hardware" if info.has_bf16_hardware else "not in hardware, so fp32 is used"
     console.print(
-        f"device: {count} x {info.name} ({info.kind}, {info.architecture}), "
-        f"{info.memory_bytes / 2**30:.1f} GiB; bf16 {has_bf16}; torch threads "
-        f"{torch.get_num_threads()}",
+        f"device: {torch.cuda.device_count()} x {info.name} ({info.kind}, {info.architecture}), "
+        f"{info.memory_bytes / 2**30:.1f} GiB; bf16 {bf16}",
         markup=False,
     )

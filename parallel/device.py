@@ -7,18 +7,17 @@ using, since clocks, cores and containers decide; there the peak is measured wit
 Nothing here runs at import, and CUDA is asked only when a CUDA device is described.
 """
 
-import os
 import platform
 import time
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from parallel.device_peaks import DataSheet, data_sheet
+from parallel.host_cpu import cpu_has_bf16_hardware, cpu_name, host_memory_bytes
 
 _MIN_PRODUCTS = 8
 
@@ -104,20 +103,6 @@ def measure_peak_flops(dtype: torch.dtype, *, size: int = 768, budget_seconds: f
 
 
 @cache
-def cpu_has_bf16_hardware() -> bool:
-    """Whether the CPU multiplies bfloat16 itself: avx512_bf16 or amx on x86, bf16 on Linux Arm.
-
-    False on macOS: torch's CPU build there has no bfloat16 matrix kernels, whatever the chip can.
-    """
-    if not Path("/proc/cpuinfo").exists():
-        return False
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(line.split())
-    return False
-
-
-@cache
 def has_triton() -> bool:
     """Whether Triton is installed, without importing it; kernels of CUDA and ROCm ask."""
     return find_spec("triton") is not None
@@ -132,20 +117,12 @@ def _has_accelerator() -> bool:
 def _cpu_info() -> DeviceInfo:
     return DeviceInfo(
         kind="cpu",
-        name=_cpu_name(),
+        name=cpu_name(),
         architecture=platform.machine(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=host_memory_bytes(),
         has_bf16_hardware=cpu_has_bf16_hardware(),
         sheet=None,
     )
-
-
-def _cpu_name() -> str:
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _accelerator_info(device: torch.device) -> DeviceInfo:

@@ -25,7 +25,7 @@ from parallel.attention.per_document import (
 )
 from parallel.attention.reference import reference_block, reference_block_backward
 from parallel.attention.shared_rows import Documents, Rectangles
-from parallel.device import cpu_has_bf16_hardware
+from parallel.host_cpu import cpu_has_bf16_hardware
 
 LoopKernel = Literal["per_document", "torch_flash", "blocked", "reference"]
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from parallel.attention.blocked import blocked_backward, blocked_forward, causal_mask
 from parallel.attention.cpu_flash import cpu_flash_backward, cpu_flash_forward
 from parallel.attention.documents import inner_contiguous
-from parallel.device import cpu_has_bf16_hardware
+from parallel.host_cpu import cpu_has_bf16_hardware
 
 DocumentKernel = Literal["blocked", "torch_flash"]
 

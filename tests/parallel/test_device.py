@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel import device
 from parallel.device import DeviceInfo, default_dtype, device_info, measure_peak_flops
 from parallel.device_peaks import data_sheet
+from parallel.host_cpu import cpu_has_bf16_hardware
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,9 +50,9 @@ def test_bf16_hardware_of_other_cpus(
 ) -> None:
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda _: cpuinfo)
-    device.cpu_has_bf16_hardware.cache_clear()
-    assert device.cpu_has_bf16_hardware() == expected
-    device.cpu_has_bf16_hardware.cache_clear()
+    cpu_has_bf16_hardware.cache_clear()
+    assert cpu_has_bf16_hardware() == expected
+    cpu_has_bf16_hardware.cache_clear()
 
 
 def test_measured_peak_is_quick_and_plausible() -> None:

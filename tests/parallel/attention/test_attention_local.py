@@ -18,7 +18,7 @@ from parallel.attention.flash_attn_door import has_flash_attn
 from parallel.attention.local import Backend, Kernel, choose_kernel
 from parallel.attention.reference import reference_attention
 from parallel.attention.torch_flash import torch_flash_attention
-from parallel.device import cpu_has_bf16_hardware
+from parallel.host_cpu import cpu_has_bf16_hardware
 from tests.parallel.attention.packed_case import (
     CASES,
     Attention,
