@@ -13,6 +13,11 @@ The held-out loss is that of the layers as they were trained, in few bits.
 | loss    | held-out loss after the last step, nats a token                  |
 | bits    | the same in bits per byte of text                                |
 | gap     | loss / loss of bf16 with the same seed - 1                       |
+| train   | the gap of the mean loss over the last quarter's steps           |
+
+The last quarter's training loss is held out too (each token is seen once, before it is learnt), on
+the same batches in every run, and a mean over many states of the weights: chance moves it less.
+`fp32` is the control: its gap says how far a change too small to matter moves the loss.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ _STOCHASTIC = {"rounding": "stochastic"}
 _BACKWARD = ("dgrad_grad", "dgrad_weight", "wgrad_grad", "wgrad_input")
 RUNS: dict[str, dict[str, Any]] = {
     "bf16": {"recipe": "bf16"},
+    # The control: a change too small to matter, and how far chance moves the loss all the same.
+    "fp32": {"recipe": "bf16", "dtype": "fp32"},
     "fp8_tensorwise": {"recipe": "fp8_tensorwise"},
     "fp8_blockwise": {"recipe": "fp8_blockwise"},
     "mxfp8": {"recipe": "mxfp8"},
@@ -61,9 +68,9 @@ MODEL = {
     "num_attention_heads": 2,
 }
 SEQUENCE_LENGTH = 256
-TOKENS_PER_STEP = 2048
-NUM_STEPS = 300
-LEARNING_RATE = 4e-3
+TOKENS_PER_STEP = 4096
+NUM_STEPS = 200
+LEARNING_RATE = 2e-3
 NUM_VALIDATIONS = 6
 EVAL_TOKENS = 24000
 CORPUS = "runs/data/python-stdlib-1024"
@@ -223,13 +230,20 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def comparable(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those with a run of bf16 of the same seed and number of steps, and their `gap` to it."""
-    base = {(run["seed"], run["steps"]): run["loss"] for run in runs if run["name"] == "bf16"}
-    return [
-        run | {"gap": run["loss"] / base[run["seed"], run["steps"]] - 1}
-        for run in runs
-        if (run["seed"], run["steps"]) in base
-    ]
+    """Those with a run of bf16 of the same seed and number of steps, and their gaps to it."""
+    base = {(run["seed"], run["steps"]): run for run in runs if run["name"] == "bf16"}
+    compared = []
+    for run in runs:
+        beside = base.get((run["seed"], run["steps"]))
+        if beside is not None:
+            gap = run["loss"] / beside["loss"] - 1
+            train_gap = _last_quarter(run) / _last_quarter(beside) - 1
+            compared.append(run | {"gap": gap, "train_gap": train_gap})
+    return compared
+
+
+def _last_quarter(run: dict[str, Any]) -> float:
+    return float(statistics.mean(run["train_loss"][-max(1, run["steps"] // 4) :]))
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
@@ -241,44 +255,59 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     def mean(name: str, figure: str) -> float:
         return statistics.mean(float(run[figure]) for run in by_name[name])
 
-    lines = ["| run | seeds | loss | bits per byte | gap to bf16, % | of single seeds |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| run | seeds | loss | bits per byte | gap, % | of single seeds | train gap, % |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for name in sorted(by_name, key=lambda name: mean(name, "gap")):
         loss, bits, gap = mean(name, "loss"), mean(name, "bits_per_byte"), mean(name, "gap")
         each = ", ".join(f"{100 * run['gap']:+.2f}" for run in by_name[name])
         lines.append(
             f"| {name} | {len(by_name[name])} | {loss:.4f} | {bits:.4f} | {100 * gap:+.2f} | "
-            f"{each} |"
+            f"{each} | {100 * mean(name, 'train_gap'):+.2f} |"
         )
     return "\n".join(lines)
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Left: held-out losses; right: their distance from bf16's at the same step, first seed."""
+    """Left: distance of held-out losses from bf16's at the same step; right: at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    seed = runs[0]["seed"]
-    curves = {run["name"]: run["curve"] for run in runs if run["seed"] == seed}
-    base = {point["step"]: point["loss"] for point in curves["bf16"]}
-    million_tokens = TOKENS_PER_STEP / 1e6
-    for name, curve in sorted(curves.items(), key=lambda item: -item[1][-1]["loss"]):
-        where = [point["step"] * million_tokens for point in curve]
-        left.plot(where, [point["loss"] for point in curve], label=name, linewidth=1.2)
-        gap = [100 * (point["loss"] / base[point["step"]] - 1) for point in curve]
-        right.plot(where, gap, ".-", label=name, linewidth=1.2)
-    left.set_ylabel("held-out loss")
-    right.set_ylabel("above bf16, %")
-    right.set_yscale("symlog", linthresh=1.0)
-    right.axhline(0.0, color="black", linewidth=0.8)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.5, 4.8), layout="constrained")
+    curves: dict[str, list[list[float]]] = {}
+    base = {run["seed"]: run["curve"] for run in runs if run["name"] == "bf16"}
+    for run in runs:
+        if run["name"] != "bf16" and run["seed"] in base:
+            beside = base[run["seed"]]
+            points = zip(run["curve"], beside, strict=True)
+            curves.setdefault(run["name"], []).append(
+                [100 * (point["loss"] / other["loss"] - 1) for point, other in points]
+            )
+    where = [point["step"] * TOKENS_PER_STEP / 1e6 for point in next(iter(base.values()))]
+    means = {
+        name: [statistics.mean(at) for at in zip(*each, strict=True)]
+        for name, each in curves.items()
+    }
+    names = sorted(means, key=lambda name: means[name][-1])
+    colours = pyplot.get_cmap("turbo")
+    for number, name in enumerate(names):
+        colour = "black" if name == "fp32" else colours(0.05 + 0.9 * number / len(names))
+        left.plot(where, means[name], ".-", label=name, linewidth=1.3, color=colour)
+        ends = [each[-1] for each in curves[name]]
+        right.plot(ends, [number] * len(ends), "o", color=colour, markersize=4, alpha=0.6)
+        right.plot(means[name][-1], number, "|", color=colour, markersize=18, markeredgewidth=3)
+    left.set_xlabel("million tokens")
+    left.set_ylabel("held-out loss above bf16's, %, mean over seeds")
+    right.set_xlabel("above bf16's after the last step, %: each seed, and the mean")
+    right.set_yticks(range(len(names)), names)
+    left.legend(*(each[::-1] for each in left.get_legend_handles_labels()), fontsize=7, ncols=2)
     for axes in (left, right):
-        axes.set_xlabel("million tokens")
-    right.legend(fontsize=7, ncols=2)
+        axes.grid(alpha=0.3)
+    left.axhline(0.0, color="black", linewidth=0.8)
+    right.axvline(0.0, color="black", linewidth=0.8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
