@@ -21,9 +21,8 @@ from tests.rank_pool import Ranks
 
 def finished(name: str, seed: int, loss: float, steps: int = 4) -> dict[str, Any]:
     curve = [{"step": step, "loss": loss + 1 / step} for step in (2, 4)]
-    return {"name": name, "seed": seed, "steps": steps, "loss": loss, "curve": curve} | {
-        "bits_per_byte": loss / 2
-    }
+    run = {"name": name, "seed": seed, "steps": steps, "loss": loss, "curve": curve}
+    return run | {"bits_per_byte": loss / 2, "train_loss": [9.0] * (steps - 1) + [loss]}
 
 
 def write(path: Path, *runs: dict[str, Any]) -> None:
@@ -58,7 +57,7 @@ def test_gaps_are_to_bf16_of_the_same_seed_and_steps(tmp_path: Path) -> None:
     found = {(run["name"], run["seed"]): run["gap"] for run in comparable(runs)}
     expected = {("bf16", 1): 0.0, ("bf16", 2): 0.0, ("mxfp4", 1): 0.05, ("mxfp4", 2): 0.0}
     assert found == pytest.approx(expected)
-    assert "| mxfp4 | 2 | 3.0500 | 1.5250 | +2.50 | +5.00, +0.00 |" in table(runs)
+    assert "| mxfp4 | 2 | 3.0500 | 1.5250 | +2.50 | +5.00, +0.00 | +2.50 |" in table(runs)
 
 
 def test_finished_runs_are_not_made_again_and_are_drawn(
@@ -69,7 +68,7 @@ def test_finished_runs_are_not_made_again_and_are_drawn(
     options = ["--json", str(path), "--runs", "bf16", "mxfp8", "--seeds", "1", "--steps", "4"]
     assert main(options) == 0
     assert len(read_runs(path)) == 2
-    assert "| mxfp8 | 1 | 2.0100 | 1.0050 | +0.50 | +0.50 |" in capsys.readouterr().out
+    assert "| mxfp8 | 1 | 2.0100 | 1.0050 | +0.50 | +0.50 | +0.50 |" in capsys.readouterr().out
     assert main([*options, "--plot", str(picture)]) == 0
     pixels = imread(picture)[..., :3]
     assert pixels.std() > 0.01
