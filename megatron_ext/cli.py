@@ -16,6 +16,7 @@ from typing import Literal
 from megatron_ext import exit_codes
 from megatron_ext.data import cli as data_cli
 from megatron_ext.errors import UserError
+from megatron_ext.launch.rank_flags import add_rank_flags, explicit_rank
 
 # A disk that is full or may not be written to is the user's to mend, whoever meets it first.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), help="same as launch.device=..."
     )
+    add_rank_flags(train)
     train.set_defaults(run=_train)
 
     profile = commands.add_parser(
@@ -53,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), help="same as launch.device=..."
     )
+    add_rank_flags(profile)
     profile.set_defaults(run=_profile)
 
     plan = commands.add_parser(
@@ -169,6 +172,7 @@ def _run_job(job: Literal["train", "profile"], arguments: argparse.Namespace) ->
         arguments.source,
         _with_options(arguments.overrides, arguments.device, arguments.ranks),
         num_ranks=arguments.ranks,
+        explicit=explicit_rank(arguments),
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Literal
 
 from megatron_ext.config import Config, CorpusConfig, PrepareConfig
@@ -22,6 +23,7 @@ from megatron_ext.data.settings import PrepareSettings
 from megatron_ext.data.workplace import METADATA_FILE, PreparationUnderWay
 from megatron_ext.errors import UserError
 from megatron_ext.launch.local import run_local
+from megatron_ext.launch.noted_signals import noted_signals
 from megatron_ext.launch.ranks import RankInfo, discover
 
 Job = Literal["train", "profile"]
@@ -33,7 +35,12 @@ _MOST_LOCAL_RANKS = 16
 
 
 def run_job(
-    job: Job, source: str, overrides: Sequence[str], *, num_ranks: int | None = None
+    job: Job,
+    source: str,
+    overrides: Sequence[str],
+    *,
+    num_ranks: int | None = None,
+    explicit: RankInfo | None = None,
 ) -> int:
     """Train or profile `source`; returns the exit code.
 
@@ -41,8 +48,9 @@ def run_job(
         source: recipe name or YAML file.
         overrides: `section.key=value` words.
         num_ranks: local ranks, when nobody else started us; by default launch.num_ranks.
+        explicit: this rank, where flags told it.
     """
-    info = discover()
+    info = discover(explicit=explicit)
     config = load_config(source, overrides)
     if info.source != "single":
         _refuse_other_size(num_ranks, info)
@@ -95,10 +103,12 @@ def _make_run_dir(config: Config) -> None:
 
 
 def _run_rank(config: Config, info: RankInfo, job: Job) -> int:
-    # torch and megatron: only where a rank really runs.
-    from megatron_ext.rank import run_rank
+    # A batch system's warning may come before training has begun: it shall not end the rank.
+    with noted_signals([SIGUSR1]) as early_signals:
+        # torch and megatron: only where a rank really runs.
+        from megatron_ext.rank import run_rank
 
-    return run_rank(config, info, job)
+        return run_rank(config, info, job, early_signals=early_signals)
 
 
 def prepare_corpus(corpus: CorpusConfig) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +39,18 @@ def choose_accelerator(config: Config) -> torch.device:
     return device
 
 
-def run_rank(config: Config, info: RankInfo, job: Literal["train", "profile"]) -> int:
+def run_rank(
+    config: Config,
+    info: RankInfo,
+    job: Literal["train", "profile"],
+    *,
+    early_signals: Sequence[int] = (),
+) -> int:
     """Train or profile on this rank; returns the exit code.
 
     Args:
         config: checked and filled in for `info.world_size`; log.run_dir exists.
+        early_signals: requests to stop that arrive while the rank starts up.
     """
     device = choose_accelerator(config)
     assert config.log.run_dir is not None
@@ -59,4 +67,4 @@ def run_rank(config: Config, info: RankInfo, job: Literal["train", "profile"]) -
                 return profile(run)
             from megatron_ext.trainer import train
 
-            return train(run)
+            return train(run, early_signals=early_signals)

@@ -6,6 +6,7 @@ step, not in it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -29,11 +30,11 @@ from megatron_ext.optimizer import clip_and_step, set_learning_rate
 from megatron_ext.plan_agreement import agree_on_plan
 from megatron_ext.plan_metrics import plan_metrics
 from megatron_ext.plots import plot_loss
+from megatron_ext.requests import Requests, listening
 from megatron_ext.resume import resume
 from megatron_ext.run import Run
 from megatron_ext.sample import sample
 from megatron_ext.step import StepSums, gather_parameters, run_micro_batches
-from megatron_ext.stop import StopRequest
 from megatron_ext.summary import summary
 from megatron_ext.validation import validate
 from parallel.plan.flops import model_flops
@@ -46,8 +47,11 @@ class NonFiniteError(UserError):
     """Training produced a loss or gradient that is not finite; nothing of it was kept."""
 
 
-def train(run: Run) -> int:
+def train(run: Run, *, early_signals: Sequence[int] = ()) -> int:
     """Train from where the run folder stands to the end, or to a request to stop.
+
+    Args:
+        early_signals: those that arrived while the rank started up.
 
     Returns:
         `exit_codes.DONE` or `exit_codes.SAVED_AND_STOPPED`.
@@ -59,11 +63,16 @@ def train(run: Run) -> int:
     sinks = (
         open_sinks(config.log, run.run_dir, after_step=run.step) if run.mesh.is_first_rank else []
     )
-    stop = StopRequest(run.run_dir)
     console.begin(run.step)
     reason = None
     saved_step = run.step
-    try:
+    with (
+        contextlib.ExitStack() as stack,
+        listening(run.run_dir, reads_files=run.mesh.is_first_rank, early=early_signals) as requests,
+    ):
+        for sink in sinks:
+            stack.callback(sink.close)
+        stack.callback(console.end)
         while run.step < config.train.train_iters and reason is None:
             record = train_step(run)
             if run.step % _RELEASE_MEMORY_INTERVAL == 0:
@@ -72,20 +81,17 @@ def train(run: Run) -> int:
             if is_last or _is_due(run.step, config.train.eval_interval):
                 record |= validate(run)
                 run.device.release_memory()
-            reason = _agreed(run, record, stop)
+            reason, is_save_wanted = _agreed(run, record, requests)
             for sink in sinks:
                 sink.write(record)
             console.step(record)
             _say_validation(console, record)
-            if is_last or reason or _is_due(run.step, config.checkpoint.save_interval):
+            is_save_due = _is_due(run.step, config.checkpoint.save_interval)
+            if is_last or reason or is_save_wanted or is_save_due:
                 save(run)
                 saved_step = run.step
-    finally:
-        console.end()
-        stop.close()
-        for sink in sinks:
-            sink.close()
-    stop.clear()
+                requests.note_saved()
+    requests.note_stopped()
     if reason is not None and saved_step < config.train.train_iters:
         console.say(f"asked to stop by {reason}: saved step {saved_step}; same command to go on")
         return exit_codes.SAVED_AND_STOPPED
@@ -196,17 +202,25 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _agreed(run: Run, record: Record, stop: StopRequest) -> str | None:
-    """Share the largest memory peak and any request to stop; the same answer on every rank."""
-    wanted = stop.reason
+def _agreed(run: Run, record: Record, requests: Requests) -> tuple[str | None, bool]:
+    """Share the largest memory peak and what was asked for; the same answer on every rank.
+
+    Returns:
+        Who asked to stop, or None; whether to save.
+    """
+    reason = requests.stop_reason
     shared = torch.tensor(
-        [float(wanted is not None), float(peak_memory_bytes(run.device))],
+        [
+            float(reason is not None),
+            float(requests.is_save_wanted),
+            float(peak_memory_bytes(run.device)),
+        ],
         dtype=torch.float64,
         device=run.device.device,
     )
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    record["peak_memory_bytes"] = int(shared[1])
-    return (wanted or "another rank") if bool(shared[0]) else None
+    is_stop, is_save_wanted, record["peak_memory_bytes"] = (int(value) for value in shared.tolist())
+    return ((reason or "another rank") if is_stop else None), bool(is_save_wanted)
 
 
 def _say_validation(console: TrainConsole, record: Record) -> None:

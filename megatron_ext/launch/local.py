@@ -14,14 +14,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM
+from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
 
 from megatron_ext.errors import UserError
 from megatron_ext.launch.child import Child, start_child
-from megatron_ext.launch.forwarded_signals import forwarded_signals
+from megatron_ext.launch.noted_signals import noted_signals
 from megatron_ext.launch.ranks import local_rank_environment
 from megatron_ext.launch.verdict import describe_end, exit_code, first_cause
 
+# What a user or a batch system sends to the parent and means for the ranks.
+_FORWARDED = (SIGTERM, SIGUSR1, SIGINT)
 _POLL_SECONDS = 0.02
 # How long the others may go on after a failure to fail by themselves: the rank that lost its peer
 # may be gone before the one that caused it, and the cause shall be told.
@@ -49,7 +51,7 @@ def run_local(
     base = _with_defaults(os.environ if environment is None else environment, num_ranks)
     sys.stdout.flush()
     children: list[Child] = []
-    with forwarded_signals() as received:
+    with noted_signals(_FORWARDED) as received:
         try:
             for rank in range(num_ranks):
                 variables = local_rank_environment(

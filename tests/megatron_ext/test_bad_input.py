@@ -340,7 +340,7 @@ def test_a_full_disk_loses_nothing(ranks: Ranks, workplace: Workplace, tmp_path:
 # ------------------------------------------------------------------------------- asked to stop
 
 
-def test_sigterm_and_stop_file_save_and_the_command_goes_on(
+def test_signals_and_files_save_and_the_command_goes_on(
     workplace: Workplace, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -357,12 +357,16 @@ def test_sigterm_and_stop_file_save_and_the_command_goes_on(
         while len(read_metrics(metrics)) < 2 and time.monotonic() < deadline:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
+        (run_dir / "SAVE").touch()
+        while (run_dir / "SAVE").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        ((saved_on_the_way, _),) = folder.complete_checkpoints(run_dir)
         process.send_signal(signal.SIGTERM)
         text, _ = process.communicate(timeout=60)
     assert process.returncode == exit_codes.SAVED_AND_STOPPED, text
     assert "asked to stop by signal SIGTERM: saved step " in text
-    ((saved, _),) = folder.complete_checkpoints(run_dir)
-    assert saved == read_metrics(metrics)[-1]["step"] >= 2
+    first, saved = (step for step, _ in folder.complete_checkpoints(run_dir))
+    assert saved == read_metrics(metrics)[-1]["step"] > first == saved_on_the_way >= 2
 
     (run_dir / "STOP").touch()
     done = command(*words)
@@ -371,3 +375,26 @@ def test_sigterm_and_stop_file_save_and_the_command_goes_on(
     assert f"asked to stop by the file {run_dir / 'STOP'}: saved step {saved + 1}" in done.text
     assert not (run_dir / "STOP").exists(), "or the command would never go on"
     assert [record["step"] for record in read_metrics(metrics)] == list(range(1, saved + 2))
+
+    # A batch system's warning that comes while the rank still starts up.
+    words[words.index("--ranks") + 1] = "1"
+    with subprocess.Popen(
+        [sys.executable, "-m", "megatron_ext", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not is_caught(signal.SIGUSR1, process.pid) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGUSR1)
+        text, _ = process.communicate(timeout=120)
+    assert process.returncode == exit_codes.SAVED_AND_STOPPED, text
+    assert f"asked to stop by signal SIGUSR1: saved step {saved + 2}" in text
+
+
+def is_caught(number: signal.Signals, pid: int) -> bool:
+    """Whether a process has a handler of its own for a signal (Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
