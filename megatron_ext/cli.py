@@ -58,16 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_rank_flags(profile)
     profile.set_defaults(run=_profile)
 
-    plan = commands.add_parser(
-        "plan",
-        help="check a configuration without starting a rank",
-        description="Check a configuration and show what it amounts to.",
-    )
-    _add_config_arguments(plan)
-    plan.add_argument("--ranks", type=int, metavar="N", help="ranks it shall run on")
-    plan.add_argument("--json", action="store_true", help="machine-readable output")
-    plan.set_defaults(run=_plan)
-
+    _add_plan(commands)
     _add_plan_step(commands)
 
     generate = commands.add_parser("generate", help="sample text from a checkpoint")
@@ -85,6 +76,23 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, what is missing, what it costs")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="check a configuration without starting a rank; predict memory and speed",
+        description="Check a configuration and predict what it needs and attains on a device.",
+    )
+    _add_config_arguments(plan)
+    plan.add_argument("--ranks", type=int, metavar="N", help="ranks it shall run on")
+    plan.add_argument("--nodes", type=int, metavar="N", help="the same in nodes of the device")
+    plan.add_argument("--device", metavar="NAME|FILE", help="same as launch.device_profile=...")
+    plan.add_argument("--lengths", metavar="FILE", help="of documents: tokens, one a line")
+    plan.add_argument("--tokens", metavar="N", help="budget, e.g. 300B; by default all steps")
+    plan.add_argument("--search", action="store_true", help="find the fastest layout that fits")
+    plan.add_argument("--json", action="store_true", help="machine-readable output")
+    plan.set_defaults(run=_plan)
 
 
 def _add_plan_step(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -177,10 +185,20 @@ def _run_job(job: Literal["train", "profile"], arguments: argparse.Namespace) ->
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megatron_ext.plan_command import plan
+    from megatron_ext.plan_command import PlanRequest, plan
 
     return plan(
-        arguments.source, arguments.overrides, num_ranks=arguments.ranks, as_json=arguments.json
+        PlanRequest(
+            source=arguments.source,
+            overrides=arguments.overrides,
+            ranks=arguments.ranks,
+            nodes=arguments.nodes,
+            device=arguments.device,
+            lengths=Path(arguments.lengths) if arguments.lengths else None,
+            tokens=arguments.tokens,
+            is_search=arguments.search,
+            as_json=arguments.json,
+        )
     )
 
 

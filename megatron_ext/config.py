@@ -289,6 +289,9 @@ class LaunchConfig(Section):
     num_ranks: int = Field(1, ge=1)
     """Local ranks when neither torchrun nor srun started us (same as --ranks)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_profile: str | None = None
+    """Device that `plan` predicts for: a name such as h100 or mi250x, or a YAML file; by default
+    the machine's own accelerator where it has one, h100 for device cuda, else cpu."""
     timeout_seconds: float = Field(600.0, gt=0)
     """How long a rank waits for the others in a collective."""
 

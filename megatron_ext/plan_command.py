@@ -1,154 +1,127 @@
-"""`megatron-ext plan`: check a configuration and show what it amounts to, with no rank started."""
+"""`megatron-ext plan`: check a configuration, predict what it needs and attains; no rank starts."""
 
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_ext.config import Config
-from megatron_ext.config_check import check_config, data_parallel_size
+from megatron_ext.config_check import check_config
 from megatron_ext.config_file import dump_config, load_config
+from megatron_ext.errors import UserError
+from megatron_ext.plan_step_command import read_lengths
+from megatron_ext.planning import report
+from megatron_ext.planning.cures import cures
+from megatron_ext.planning.device_profile import load_profile
+from megatron_ext.planning.megatron_flags import megatron_flags
+from megatron_ext.planning.predict import Prediction, predict
+from megatron_ext.planning.search import choice_of, search
+from megatron_ext.planning.subject import Subject, subject_of
+
+_TOKEN_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
-def plan(source: str, overrides: Sequence[str], *, num_ranks: int | None, as_json: bool) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """Names as the options of the command."""
+
+    source: str
+    overrides: Sequence[str] = ()
+    ranks: int | None = None
+    nodes: int | None = None
+    device: str | None = None
+    lengths: Path | None = None
+    tokens: str | None = None
+    is_search: bool = False
+    as_json: bool = False
+
+
+def plan(request: PlanRequest) -> int:
     """Print the resolved tree and what follows from it; returns the exit code."""
-    config = load_config(source, overrides)
-    world_size = num_ranks if num_ranks is not None else config.launch.num_ranks
-    config = check_config(config, world_size=world_size)
-    figures = _figures(config, world_size)
-    if as_json:
-        print(json.dumps(figures | {"megatron_flags": megatron_flags(config)}))
+    config = load_config(request.source, request.overrides)
+    num_ranks = _num_ranks(request, config)
+    config = check_config(config, world_size=num_ranks)
+    lengths = read_lengths(request.lengths) if request.lengths else ()
+    subject = subject_of(config, num_ranks=num_ranks, device_name=request.device, lengths=lengths)
+    found = predict(subject.model, subject.layout, subject.device, balance=subject.balance)
+    budget = _token_budget(request.tokens)
+    tokens = budget or float(found.layout.tokens_per_step * config.train.train_iters)
+    if request.is_search:
+        return _search(request, config, subject, tokens)
+    if request.as_json:
+        tree = report.tree(subject, found, tokens)
+        print(json.dumps(tree | {"megatron_flags": megatron_flags(config)}))
         return 0
     print(dump_config(config))
-    for name, value in figures.items():
-        print(f"{name.replace('_', ' '):24} {value:,}")
+    print("\n".join(report.describe(subject, found, tokens)))
+    for warning in _warnings(subject, found):
+        print(warning)
     print("\nthe same in megatron's words:\n  " + " ".join(megatron_flags(config)))
     return 0
 
 
-def num_parameters(config: Config, *, vocab_size: int) -> int:
-    """Weights of the whole model, norms, embeddings and all experts included."""
-    model = config.model
-    h, d = model.hidden_size, model.head_dim
-    attention = h * d * (2 * model.num_attention_heads + 2 * model.query_groups)
-    norms = 2 * h + (2 * d if model.qk_layernorm else 0)
-    dense = 3 * h * model.ffn_size
-    num_moe_layers = sum(config.moe_layers)
-    layers = model.num_layers * (attention + norms)
-    layers += (model.num_layers - num_moe_layers) * dense + num_moe_layers * _expert_weights(config)
-    embeddings = vocab_size * h * (2 if model.untie_embeddings_and_output_weights else 1)
-    return layers + embeddings + h
+def _num_ranks(request: PlanRequest, config: Config) -> int:
+    if request.nodes is None:
+        return request.ranks if request.ranks is not None else config.launch.num_ranks
+    if request.ranks is not None:
+        raise UserError(f"--nodes {request.nodes} and --ranks {request.ranks}: give one of them")
+    if request.nodes < 1:
+        raise UserError(f"--nodes {request.nodes}: at least 1")
+    name = request.device or config.launch.device_profile
+    if name is None:
+        raise UserError(
+            "--nodes needs to know the ranks of a node: --device NAME, or launch.device_profile"
+        )
+    return request.nodes * load_profile(name).ranks_per_node
 
 
-def _expert_weights(config: Config) -> int:
-    """Weights of one layer's experts, shared ones and router."""
-    h, num_experts = config.model.hidden_size, config.moe.num_moe_experts or 0
-    inner = num_experts * config.expert_ffn_size
-    inner += config.moe.moe_shared_expert_intermediate_size or 0
-    return 3 * h * inner + _router_weights(config)
+def _token_budget(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)([KMBT]?)", text)
+    if found is None or not float(found[1]):
+        raise UserError(f"--tokens {text!r}: expected a count such as 300B, 1.5T or 2e12")
+    return float(found[1]) * _TOKEN_UNITS[found[2]]
 
 
-def _router_weights(config: Config) -> int:
-    h, moe = config.model.hidden_size, config.moe
-    num_experts = moe.num_moe_experts or 0
-    if moe.moe_router_type == "x_moe":
-        size = moe.projected_size
-        return size * (num_experts + h) + 1
-    return num_experts * h * (2 if moe.moe_router_type == "noisy_topk" else 1)
+def _warnings(subject: Subject, found: Prediction) -> list[str]:
+    lines = []
+    tensor, node = subject.layout.tensor_size, subject.device.ranks_per_node
+    if tensor > subject.device.ranks_per_node:
+        lines.append(
+            f"slow: parallel.tensor_model_parallel_size={tensor} leaves a node of {node} ranks; "
+            f"{node} is the most that shares its links"
+        )
+    if not found.fits:
+        ways = cures(subject.model, subject.layout, subject.device)
+        lines.append("one of these alone would make it fit:" if ways else "no single change fits;")
+        lines += [f"  {way}" for way in ways] or ["  plan --search looks for several at once"]
+    return lines
 
 
-def _figures(config: Config, world_size: int) -> dict[str, int]:
-    dp = data_parallel_size(config, world_size)
-    tokens = config.train.global_batch_tokens or 0
-    figures = {
-        "ranks": world_size,
-        "data_parallel_size": dp,
-        "tokens_per_step": tokens,
-        "micro_batches_per_rank": -(-tokens // (config.data.micro_batch_tokens * dp)),
-        "tokens_in_all_steps": tokens * config.train.train_iters,
-    }
-    if config.model.vocab_size is not None:
-        figures["parameters"] = num_parameters(config, vocab_size=config.model.vocab_size)
-    return figures
-
-
-def megatron_flags(config: Config) -> list[str]:
-    """The options of Megatron-LM that mean the same, as far as it has them."""
-    model, parallel, optim = config.model, config.parallel, config.optim
-    flags = {
-        "num-layers": model.num_layers,
-        "hidden-size": model.hidden_size,
-        "ffn-hidden-size": model.ffn_size,
-        "num-attention-heads": model.num_attention_heads,
-        "kv-channels": model.head_dim,
-        "rotary-base": int(model.rotary_base),
-        "norm-epsilon": model.layernorm_epsilon,
-        "tensor-model-parallel-size": parallel.tensor_model_parallel_size,
-        "pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
-        "lr": optim.lr,
-        "min-lr": optim.min_lr,
-        "lr-warmup-iters": optim.lr_warmup_iters,
-        "weight-decay": optim.weight_decay,
-        "adam-beta1": optim.adam_beta1,
-        "adam-beta2": optim.adam_beta2,
-        "clip-grad": optim.clip_grad,
-        "train-iters": config.train.train_iters,
-        "seq-length": config.data.max_sequence_length,
-    }
-    words = [f"--{name} {value}" for name, value in flags.items()]
-    words += _moe_flags(config)
-    words += ["--normalization RMSNorm", "--swiglu", "--disable-bias-linear"]
-    words += ["--position-embedding-type rope", "--calculate-per-token-loss"]
-    if model.query_groups != model.num_attention_heads:
-        words.append(f"--group-query-attention --num-query-groups {model.query_groups}")
-    switches = {
-        "qk-layernorm": model.qk_layernorm,
-        "untie-embeddings-and-output-weights": model.untie_embeddings_and_output_weights,
-        "sequence-parallel": parallel.sequence_parallel,
-        "use-distributed-optimizer": parallel.use_distributed_optimizer,
-        "overlap-grad-reduce": parallel.overlap_grad_reduce,
-        "overlap-param-gather": parallel.overlap_param_gather,
-        "bf16": config.precision.dtype != "fp32",
-    }
-    return words + [f"--{name}" for name, is_on in switches.items() if is_on]
-
-
-def _moe_flags(config: Config) -> list[str]:
-    moe = config.moe
-    if moe.num_moe_experts is None:
-        return []
-    pattern = str([int(has_experts) for has_experts in config.moe_layers]).replace(" ", "")
-    balance = {
-        name: weight
-        for name, weight in config.balance_coefficients.items()
-        if name != "device_aux_loss"
-    }
-    flags = {
-        "num-experts": moe.num_moe_experts,
-        "moe-layer-freq": pattern,
-        "moe-ffn-hidden-size": config.expert_ffn_size,
-        "moe-shared-expert-intermediate-size": moe.moe_shared_expert_intermediate_size,
-        "moe-router-topk": moe.moe_router_topk,
-        "moe-router-topk-scaling-factor": moe.moe_router_topk_scaling_factor,
-        "moe-z-loss-coeff": moe.moe_z_loss_coeff or None,
-        "moe-router-score-function": moe.moe_router_score_function,
-        "moe-router-num-groups": moe.moe_router_num_groups,
-        "moe-router-group-topk": moe.moe_router_group_topk,
-        "moe-expert-capacity-factor": moe.moe_expert_capacity_factor,
-        "moe-router-load-balancing-type": " ".join(balance) or "none",
-        "moe-aux-loss-coeff": " ".join(map(str, balance.values())) or None,
-        "moe-router-dtype": "fp32",
-        "moe-token-dispatcher-type": "alltoall",
-        "expert-model-parallel-size": config.parallel.expert_model_parallel_size,
-        "expert-tensor-parallel-size": 1,
-    }
-    if moe.moe_router_enable_expert_bias:
-        flags["moe-router-bias-update-rate"] = moe.moe_router_bias_update_rate
-    if moe.moe_expert_capacity_factor is not None and moe.moe_token_drop_policy != "random":
-        flags["moe-token-drop-policy"] = moe.moe_token_drop_policy
-    words = [f"--{name} {value}" for name, value in flags.items() if value is not None]
-    switches = {
-        "moe-router-pre-softmax": moe.moe_router_pre_softmax,
-        "moe-router-enable-expert-bias": moe.moe_router_enable_expert_bias,
-    }
-    return words + [f"--{name}" for name, is_on in switches.items() if is_on]
+def _search(request: PlanRequest, config: Config, subject: Subject, tokens: float) -> int:
+    tokens_per_step, longest = config.train.global_batch_tokens, config.data.max_sequence_length
+    assert tokens_per_step is not None
+    began = time.perf_counter()
+    result = search(
+        subject.model,
+        subject.layout,
+        subject.device,
+        global_batch_tokens=tokens_per_step,
+        max_sequence_length=longest,
+        balance=subject.balance,
+    )
+    seconds = time.perf_counter() - began
+    given = choice_of(subject.layout, max_sequence_length=longest)
+    if request.as_json:
+        print(json.dumps(report.search_tree(result, given=given, seconds=seconds)))
+        return 0
+    for line in report.describe_search(result, given=given, seconds=seconds, tokens=tokens):
+        print(line)
+    for sentence in subject.assumptions:
+        print(f"assumed: {sentence}")
+    return 0

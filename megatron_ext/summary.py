@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_ext.plan_command import num_parameters
+from megatron_ext.planning.parameters import num_parameters
+from megatron_ext.planning.subject import config_model
 from megatron_ext.run import Run
 
 
@@ -18,7 +19,7 @@ def summary(run: Run) -> Iterator[str]:
         f"ranks       {mesh.world_size} = tensor {mesh.tensor_size} x pipeline "
         f"{mesh.pipeline_size} x data {mesh.data_size}{zero}{experts}"
     )
-    size = num_parameters(config, vocab_size=run.shape.vocab_size)
+    size = num_parameters(config_model(config, vocab_size=run.shape.vocab_size))
     yield (
         f"model       {size / 1e6:,.1f}M parameters, {config.model.num_layers} layers x "
         f"{config.model.hidden_size}, vocabulary {run.shape.vocab_size:,}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ext.config import Config
+from megatron_ext.planning.device_profile import NumberFormat
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -86,10 +87,23 @@ class Layout:
     weight_bytes: int
     grad_bytes: int
     state_bytes: int
+    number_format: NumberFormat = "bf16"
+    """Of the products of the layers' linear maps."""
+    context_size: int = 1
+    """Data-parallel ranks that share the longest sequence."""
+    emulation_bytes: int = 0
+    """Of one element of an operand while plain torch quantises it; 0 where kernels do."""
+    expert_overlap: float = 0.0
+    """Share of the experts' all-to-alls that hides behind products."""
     max_logit_tokens: int | None = None
     """Tokens whose logits exist at once; None: all (published frameworks)."""
     max_softmax_bytes: int = 1 << 62
     """Of logits that exist in float32 besides."""
+
+    @property
+    def base_format(self) -> NumberFormat:
+        """Of all other products."""
+        return "fp32" if self.weight_bytes == 4 else "bf16"
 
     @property
     def data_size(self) -> int:
@@ -134,17 +148,37 @@ _MAX_LOGIT_TOKENS = {"cpu": 1024, "cuda": 1 << 20}
 _SOFTMAX_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 
-def layout_of(config: Config, *, num_ranks: int, vocab_size: int, is_bf16: bool) -> Layout:
-    """How a checked configuration spreads over ranks."""
+# Recipes of precision that are not here are of 4 bits.
+# Random bits, float32 copies and codes side by side (measured).
+_EMULATION_BYTES = 26
+_RECIPE_FORMATS: dict[str, NumberFormat] = {
+    "bf16": "bf16",
+    "fp8_tensorwise": "fp8",
+    "fp8_blockwise": "fp8",
+    "mxfp8": "fp8",
+}
+
+
+def _num_chunks(config: Config) -> int:
+    """In which the experts' messages travel; measured at the start of a run where it says auto."""
+    chunks = config.moe.moe_num_chunks
+    return chunks if isinstance(chunks, int) else 2
+
+
+def layout_of(
+    config: Config, *, num_ranks: int, vocab_size: int, is_bf16: bool, is_cpu: bool = True
+) -> Layout:
+    """How a checked configuration spreads over ranks; is_cpu: what they compute on."""
     parallel, train = config.parallel, config.train
     tokens = config.data.micro_batch_tokens
     model_ranks = parallel.model_parallel_size
     per_round = tokens * (num_ranks // model_ranks)
-    device = "cpu" if config.launch.device == "cpu" else "cuda"
+    device = "cpu" if is_cpu else "cuda"
     weight_bytes = 2 if is_bf16 else 4
     rows = _LOGIT_BYTES[device] // (
         vocab_size // parallel.tensor_model_parallel_size * weight_bytes
     )
+    number_format = _RECIPE_FORMATS.get(config.precision.recipe, "fp4") if is_bf16 else "fp32"
     states = {"adam": 2, "lion": 1}[config.optim.optimizer]
     return Layout(
         num_ranks=num_ranks,
@@ -162,6 +196,10 @@ def layout_of(config: Config, *, num_ranks: int, vocab_size: int, is_bf16: bool)
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         weight_bytes=weight_bytes,
+        number_format=number_format,
+        context_size=min(num_ranks // model_ranks, -(-config.data.max_sequence_length // tokens)),
+        emulation_bytes=_EMULATION_BYTES if device == "cpu" and number_format == "fp4" else 0,
+        expert_overlap=1 - 1 / _num_chunks(config),
         grad_bytes=4 if config.precision.grad_reduce_in_fp32 or not is_bf16 else 2,
         state_bytes=4 * states + (4 if is_bf16 else 0),
         max_logit_tokens=max(128, min(rows, _MAX_LOGIT_TOKENS[device]) // 128 * 128),

@@ -96,8 +96,11 @@ def layer_token_bytes(model: ModelSize, layout: Layout, layer: int) -> float:
     selective = layout.recompute_modules if layout.recompute == "selective" else ()
     tensor, hidden = layout.tensor_size, _hidden(model, layout)
     query, key_value = model.query_size / tensor, model.key_value_size / tensor
-    elements = 4 * hidden
-    elements += query + key_value + query
+    elements = 2 * hidden + query + key_value + query
+    kept = 2 * hidden
+    if layout.number_format in ("fp8", "fp4"):
+        # Attention's backward wants its result as it was, the projection's in few bits.
+        kept += query
     # Recomputed, queries are kept as they were before they were turned; keys are views.
     elements += query if "core_attn" in selective else query + key_value / 2
     if model.has_qk_layernorm:
@@ -105,8 +108,14 @@ def layer_token_bytes(model: ModelSize, layout: Layout, layer: int) -> float:
     if model.has_experts(layer):
         elements += _expert_elements(model, layout)
     elif "mlp" not in selective:
-        elements += model.num_ffn_matrices * model.ffn_hidden_size / tensor
-    return elements * layout.weight_bytes + _NORM_BYTES
+        elements += (model.num_ffn_matrices - 1) * model.ffn_hidden_size / tensor
+        kept += model.ffn_hidden_size / tensor
+    return elements * layout.weight_bytes + kept * _kept_bytes(layout) + _NORM_BYTES
+
+
+def _kept_bytes(layout: Layout) -> float:
+    """Of one element of what a linear layer keeps: codes, and scales of blocks."""
+    return {"fp8": 1 + 1 / 32, "fp4": 0.5 + 1 / 16}.get(layout.number_format, layout.weight_bytes)
 
 
 def _hidden(model: ModelSize, layout: Layout) -> float:
@@ -168,7 +177,8 @@ def _working_set(model: ModelSize, layout: Layout) -> int:
         widest = max(widest if not all(model.moe_layers) else 0.0, _expert_elements(model, layout))
     gathered = 2 * model.hidden_size if layout.sequence_parallel else 0
     elements = widest + 2 * _hidden(model, layout) + gathered
-    return round(layout.tokens_per_rank * elements * layout.weight_bytes)
+    quantised = 2 * model.ffn_hidden_size / tensor * layout.emulation_bytes
+    return round(layout.tokens_per_rank * (elements * layout.weight_bytes + quantised))
 
 
 def _messages(model: ModelSize, layout: Layout) -> int:

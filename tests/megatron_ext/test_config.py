@@ -15,7 +15,8 @@ from megatron_ext.config import Config
 from megatron_ext.config_check import check_config
 from megatron_ext.config_file import dump_config, load_config, recipe_names
 from megatron_ext.errors import UserError
-from megatron_ext.plan_command import num_parameters
+from megatron_ext.planning.parameters import num_parameters
+from megatron_ext.planning.subject import config_model
 
 CORPUS = "data:\n  corpora:\n    - path: corpus\n"
 
@@ -221,7 +222,7 @@ def test_unknown_recipe_names_the_nearest_and_all() -> None:
 
 
 def test_the_recipes_that_were_promised_ship() -> None:
-    dense = {"quickstart", "125m", "1b", "7b", "22b", "175b", "1t"}
+    dense = {"quickstart", "125m", "1b", "7b", "frontier-22b", "frontier-175b", "frontier-1t"}
     sparse = {"moe-quickstart", "deepseek-moe-2b", "deepseek-moe-16b", "mixtral-8x7b", "ling-lite"}
     assert dense | sparse <= set(recipe_names())
 
@@ -237,7 +238,14 @@ def test_every_recipe_can_run(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("125m", 0.085), ("1b", 1.0), ("7b", 6.5), ("22b", 21.7), ("175b", 174.0), ("1t", 1007.0)],
+    [
+        ("125m", 0.085),
+        ("1b", 1.0),
+        ("7b", 6.5),
+        ("frontier-22b", 21.7),
+        ("frontier-175b", 174.0),
+        ("frontier-1t", 1007.0),
+    ],
 )
 def test_recipes_have_the_size_in_their_name(name: str, billions: float) -> None:
     """Without embeddings: 12 * layers * hidden^2 for the shapes of the Frontier paper."""
@@ -260,7 +268,7 @@ def test_recipes_have_the_size_in_their_name(name: str, billions: float) -> None
 def test_recipes_with_experts_have_the_published_sizes(
     name: str, vocab_size: int, num_weights: int
 ) -> None:
-    assert num_parameters(load_config(name), vocab_size=vocab_size) == num_weights
+    assert num_parameters(config_model(load_config(name), vocab_size=vocab_size)) == num_weights
 
 
 @pytest.mark.parametrize("name", recipe_names())

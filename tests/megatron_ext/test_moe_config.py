@@ -7,7 +7,9 @@ import yaml
 
 from megatron_ext.config_check import check_config
 from megatron_ext.config_file import check_tree, dump_config
-from megatron_ext.plan_command import megatron_flags, num_parameters
+from megatron_ext.planning.megatron_flags import megatron_flags
+from megatron_ext.planning.parameters import num_parameters
+from megatron_ext.planning.subject import config_model
 from tests.megatron_ext.test_config_check import tree_config
 from tests.rank_pool import Ranks
 
@@ -50,8 +52,10 @@ def test_which_layers_have_experts(freq: int | list[int], layers: list[bool]) ->
 
 def test_published_models_have_their_published_sizes() -> None:
     # Their files on Hugging Face: 46,702,792,704 and 16,375,728,128 parameters.
-    assert num_parameters(tree_config(**MIXTRAL_8X7B), vocab_size=32000) == 46_702_792_704
-    assert num_parameters(tree_config(**DEEPSEEK_MOE_16B), vocab_size=102400) == 16_375_728_128
+    mixtral = config_model(tree_config(**MIXTRAL_8X7B), vocab_size=32000)
+    assert num_parameters(mixtral) == 46_702_792_704
+    deepseek = config_model(tree_config(**DEEPSEEK_MOE_16B), vocab_size=102400)
+    assert num_parameters(deepseek) == 16_375_728_128
 
 
 def active_parameters(fields: dict[str, object], vocab_size: int) -> int:

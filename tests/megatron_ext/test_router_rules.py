@@ -8,7 +8,9 @@ import pytest
 
 from megatron_ext.config_check import check_config
 from megatron_ext.errors import UserError
-from megatron_ext.plan_command import megatron_flags, num_parameters
+from megatron_ext.planning.megatron_flags import megatron_flags
+from megatron_ext.planning.parameters import num_parameters
+from megatron_ext.planning.subject import config_model
 from tests.megatron_ext.test_config_check import tree_config
 
 EXPERTS: dict[str, Any] = {"moe__num_moe_experts": 8}
@@ -104,8 +106,10 @@ def test_megatron_says_it_so() -> None:
 
 def test_routers_count_among_the_parameters() -> None:
     def extra(**fields: Any) -> int:
-        plain = num_parameters(tree_config(**EXPERTS), vocab_size=128)
-        return num_parameters(tree_config(**EXPERTS, **fields), vocab_size=128) - plain
+        plain = num_parameters(config_model(tree_config(**EXPERTS), vocab_size=128))
+        return (
+            num_parameters(config_model(tree_config(**EXPERTS, **fields), vocab_size=128)) - plain
+        )
 
     model = tree_config().model
     layers, h = model.num_layers, model.hidden_size

@@ -45,6 +45,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "PP2": (2, {"parallel": PP2}),
     "PP2 interleaved": (2, {"parallel": PP2 | VPP2}),
     "TP2+SPxPP2": (4, {"parallel": TP2 | SP | PP2}),
+    "FP8": (1, {"precision": BF16 | {"recipe": "fp8_blockwise"}}),
+    "NVFP4": (1, {"precision": BF16 | {"recipe": "nvfp4"}}),
+    "MXFP4, wide": (
+        1,
+        {"model": {"ffn_hidden_size": 768}, "precision": BF16 | {"recipe": "mxfp4"}},
+    ),
     "EP2": (2, {"parallel": EP2, "moe": EXPERTS}),
 }
 
@@ -85,7 +91,7 @@ def test_memory_of_ranks(name: str, ranks: Ranks, corpus: Path, tmp_path: Path) 
         config,
         num_ranks=num_ranks,
         vocab_size=vocab_size,
-        is_bf16=sections["precision"] is BF16,
+        is_bf16=sections["precision"] != FP32,
     )
     model = model_size(config, vocab_size=vocab_size)
     for measured in ranks.run(num_ranks, measure, tree):
