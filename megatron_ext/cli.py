@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_plan(commands)
     _add_plan_step(commands)
+    _add_launch(commands)
 
     generate = commands.add_parser("generate", help="sample text from a checkpoint")
     generate.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or iter_ folder")
@@ -93,6 +94,40 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--search", action="store_true", help="find the fastest layout that fits")
     plan.add_argument("--json", action="store_true", help="machine-readable output")
     plan.set_defaults(run=_plan)
+
+
+def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "launch",
+        help="write and submit the job script of a configuration on a cluster",
+        description="Write the job script into the run folder and submit it.",
+    )
+    _add_config_arguments(parser)
+    parser.add_argument(
+        "--cluster",
+        required=True,
+        metavar="NAME|FILE",
+        help="frontier, blackwell, slurm, local ...",
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--print", action="store_true", help="print the script, submit nothing")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --cluster local")
+    parser.add_argument("--python", metavar="FILE", help="interpreter on the nodes (this one)")
+    for name in ("job-name", "account", "partition", "qos", "reservation"):
+        parser.add_argument(f"--{name}", metavar="NAME")
+    parser.add_argument("--time", metavar="LIMIT", help="as Slurm writes it, e.g. 2:00:00")
+    parser.add_argument("--launcher", choices=("srun", "torchrun"))
+    parser.add_argument("--segment", type=int, metavar="N", help="nodes behind one NVLink switch")
+    parser.add_argument("--container", metavar="IMAGE", help="run in this image")
+    parser.add_argument(
+        "--mount", action="append", default=[], metavar="PATH", help="into the image, repeatable"
+    )
+    parser.add_argument(
+        "--broadcast", metavar="TAR", help="packed environment for the nodes' disks"
+    )
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="in one job (3)")
+    parser.add_argument("--max-requeues", type=int, default=100, metavar="N", help="of it (100)")
+    parser.set_defaults(run=_launch)
 
 
 def _add_plan_step(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -198,6 +233,35 @@ def _plan(arguments: argparse.Namespace) -> int:
             tokens=arguments.tokens,
             is_search=arguments.search,
             as_json=arguments.json,
+        )
+    )
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from megatron_ext.launch_command import LaunchRequest, launch
+
+    return launch(
+        LaunchRequest(
+            source=arguments.source,
+            overrides=arguments.overrides,
+            cluster=arguments.cluster,
+            nodes=arguments.nodes,
+            is_print=arguments.print,
+            ranks=arguments.ranks,
+            python=arguments.python,
+            job_name=arguments.job_name,
+            account=arguments.account,
+            partition=arguments.partition,
+            qos=arguments.qos,
+            reservation=arguments.reservation,
+            time=arguments.time,
+            launcher=arguments.launcher,
+            segment=arguments.segment,
+            container=arguments.container,
+            mounts=arguments.mount,
+            broadcast=arguments.broadcast,
+            max_restarts=arguments.max_restarts,
+            max_requeues=arguments.max_requeues,
         )
     )
 

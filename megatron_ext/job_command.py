@@ -14,6 +14,7 @@ from pathlib import Path
 from signal import SIGUSR1
 from typing import Literal
 
+from megatron_ext import exit_codes
 from megatron_ext.config import Config, CorpusConfig, PrepareConfig
 from megatron_ext.config_check import check_config
 from megatron_ext.config_file import dump_config, load_config
@@ -108,7 +109,12 @@ def _run_rank(config: Config, info: RankInfo, job: Job) -> int:
         # torch and megatron: only where a rank really runs.
         from megatron_ext.rank import run_rank
 
-        return run_rank(config, info, job, early_signals=early_signals)
+        code = run_rank(config, info, job, early_signals=early_signals)
+    if code == exit_codes.SAVED_AND_STOPPED and info.source in ("torchrun", "srun"):
+        # They take every other code for a failure: torchrun starts the ranks again, srun kills
+        # those that are a moment behind.
+        return exit_codes.DONE
+    return code
 
 
 def prepare_corpus(corpus: CorpusConfig) -> None:

@@ -91,8 +91,8 @@ def train(run: Run, *, early_signals: Sequence[int] = ()) -> int:
                 save(run)
                 saved_step = run.step
                 requests.note_saved()
-    requests.note_stopped()
     if reason is not None and saved_step < config.train.train_iters:
+        requests.note_stopped()
         console.say(f"asked to stop by {reason}: saved step {saved_step}; same command to go on")
         return exit_codes.SAVED_AND_STOPPED
     finish(run)

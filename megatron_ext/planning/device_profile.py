@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_ext.errors import UserError
+from megatron_ext.profile_file import profile_names, profile_path, read_profile
 
 NumberFormat = Literal["fp32", "bf16", "fp8", "fp4"]
 _FOLDER = Path(__file__).parent / "profiles"
@@ -124,8 +124,8 @@ class DeviceProfile(_Entry):
         return num_bytes / (self.memory_gigabytes_per_second * _GIGA * self.memory_efficiency)
 
 
-def profile_names() -> list[str]:
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+def device_profile_names() -> list[str]:
+    return profile_names(_FOLDER)
 
 
 def load_profile(name: str) -> DeviceProfile:
@@ -134,20 +134,5 @@ def load_profile(name: str) -> DeviceProfile:
     Raises:
         UserError: there is none, or it says something that cannot be; names file and key.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    if not name.endswith((".yaml", ".yml")) and name not in profile_names():
-        raise UserError(
-            f"no device profile {name!r}; there are {', '.join(profile_names())}, or name a YAML "
-            "file like those in megatron_ext/planning/profiles"
-        )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"device profile {path}: cannot be read ({error})") from None
-    try:
-        return DeviceProfile.model_validate(tree)
-    except ValidationError as error:
-        found = "; ".join(
-            f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors()
-        )
-        raise UserError(f"device profile {path}: {found}") from None
+    path = profile_path(name, _FOLDER, kind="device profile")
+    return read_profile(path, DeviceProfile, kind="device profile")

@@ -11,7 +11,7 @@ from megatron_ext.config import Config
 from megatron_ext.config_check import data_parallel_size
 from megatron_ext.data.workplace import METADATA_FILE
 from megatron_ext.device_probe import Accelerator, accelerators
-from megatron_ext.planning.device_profile import DeviceProfile, load_profile, profile_names
+from megatron_ext.planning.device_profile import DeviceProfile, device_profile_names, load_profile
 from megatron_ext.planning.layout import Layout, ModelSize, layout_of, model_size
 from megatron_ext.planning.lengths import length_effect
 
@@ -110,7 +110,7 @@ def _profile_of(device: Accelerator) -> tuple[str, str]:
     if device.gfx == "gfx90a":
         words.append("mi250x")
     # The longest name first: a GB200 is no B200.
-    for name in sorted(profile_names(), key=len, reverse=True):
+    for name in sorted(device_profile_names(), key=len, reverse=True):
         if name in words:
             return name, f"this machine has {device.name}"
     return _ACCELERATOR, f"no profile for {device.name} of this machine; --device NAME names one"

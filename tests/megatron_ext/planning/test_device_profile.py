@@ -6,17 +6,19 @@ import pytest
 import yaml
 
 from megatron_ext.errors import UserError
-from megatron_ext.planning.device_profile import load_profile, profile_names
+from megatron_ext.planning.device_profile import device_profile_names, load_profile
 from parallel.device_peaks import data_sheet
 
 PROFILES = Path("megatron_ext/planning/profiles")
 
 
 def test_the_devices_that_users_plan_for_ship() -> None:
-    assert {"h100", "h200", "b200", "gb200", "mi250x", "mi300x", "cpu"} <= set(profile_names())
+    assert {"h100", "h200", "b200", "gb200", "mi250x", "mi300x", "cpu"} <= set(
+        device_profile_names()
+    )
 
 
-@pytest.mark.parametrize("name", profile_names())
+@pytest.mark.parametrize("name", device_profile_names())
 def test_profiles_agree_with_data_sheets(name: str) -> None:
     profile = load_profile(name)
     assert profile.fixed_bytes < profile.usable_bytes < profile.memory_bytes

@@ -1,0 +1,113 @@
+#!/bin/bash
+#SBATCH --job-name=mixtral
+#SBATCH --nodes=32
+#SBATCH --segment=16
+#SBATCH --ntasks-per-node=4
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=4
+
+# Written by megatron-ext launch for NVIDIA GB200/GB300 NVL72, 4 a node: 128 ranks.
+set -euo pipefail
+
+num_nodes=32
+ranks_per_node=4
+python=python
+words=(mixtral-8x7b log.run_dir=/scratch/runs/mixtral)
+run_dir=/scratch/runs/mixtral
+max_restarts=3
+max_requeues=100
+
+mkdir -p -- "$run_dir"
+# Left from a job that ended before it could obey.
+rm -f -- "$run_dir/STOP"
+
+# The site's environment (blackwell-nvl72).
+# More than one queue of kernels, so that the experts' exchanges run beside products. (1 is the rule of Hopper.)
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-32}"
+# NVLink SHARP reserves memory on each GPU; it pays only with registered buffers.
+export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE-0}"
+# Tensors of collectives are kept alive by us, not by recording streams: memory returns sooner.
+export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS-1}"
+# Segments that grow fragment less; graphs must then not register buffers.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF-expandable_segments:True}"
+export NCCL_GRAPH_REGISTER="${NCCL_GRAPH_REGISTER-0}"
+# HybridEP: how many GPUs share NVLink, over several nodes.
+export NVLINK_DOMAIN_SIZE="${NVLINK_DOMAIN_SIZE-72}"
+export USE_MNNVL="${USE_MNNVL-1}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS-8}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR-/tmp/triton-${USER:-user}-${SLURM_JOB_ID:-0}}"
+# NVLink between nodes needs memory that CUDA maps itself; with 0 it is turned off without a word.
+export NCCL_CUMEM_ENABLE="${NCCL_CUMEM_ENABLE-1}"
+# Network cards read the GPU's memory through Grace.
+export NCCL_NET_GDR_C2C="${NCCL_NET_GDR_C2C-1}"
+
+rank=("$python" -u -m megatron_ext train "${words[@]}")
+# Each rank on the cores and the memory of the processor that its GPU hangs on.
+# shellcheck disable=SC2016
+rank=(bash -c 'command -v numactl >/dev/null || exec "$@"; node=$((SLURM_LOCALID / 2)); exec numactl --cpunodebind="$node" --membind="$node" "$@"' numa "${rank[@]}")
+step=(srun --nodes="$num_nodes" --ntasks="$((num_nodes * ranks_per_node))" --ntasks-per-node="$ranks_per_node" --cpus-per-task=36 --gpus-per-node=4 --mpi=none --kill-on-bad-exit=1 --unbuffered)
+
+last_saved() { cat -- "$run_dir/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
+
+is_time_up=0
+was_interrupted=0
+on_warning() {
+    echo "job script: the time limit is near; asking the run to save and stop"
+    is_time_up=1
+    was_interrupted=1
+    touch -- "$run_dir/STOP"
+}
+trap on_warning USR1
+
+run_step() {
+    local code step_pid
+    "${step[@]}" "${rank[@]}" &
+    step_pid=$!
+    while true; do
+        code=0
+        wait "$step_pid" || code=$?
+        # A signal ends the waiting, not the step.
+        (( was_interrupted )) || return "$code"
+        was_interrupted=0
+        kill -0 "$step_pid" 2>/dev/null || (( code > 128 )) || return "$code"
+    done
+}
+
+at_begin=$(last_saved)
+num_restarts=0
+while true; do
+    at_start=$(last_saved)
+    code=0
+    run_step || code=$?
+    saved=$(last_saved)
+    # A run that obeys removes the file; one that came to its end leaves it.
+    if (( is_time_up && code == 0 )) && [[ ! -e "$run_dir/STOP" ]]; then
+        if [[ "$saved" == "$at_begin" ]]; then
+            echo "job script: no step was saved since this job began; not queued again" >&2
+            exit 1
+        elif (( ${SLURM_RESTART_COUNT:-0} >= max_requeues )); then
+            echo "job script: queued again $max_requeues times already; not again" >&2
+            exit 1
+        fi
+        echo "job script: saved step $saved; queued again"
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 0
+    fi
+    case $code in
+        0) rm -f -- "$run_dir/STOP"; exit 0 ;;
+        2 | 130 | 143) exit "$code" ;;
+    esac
+    if [[ "$saved" == "$at_start" ]] || (( num_restarts >= max_restarts )); then
+        echo "job script: the ranks ended with code $code; not started again" \
+            "(saved step: ${saved:-none}, $num_restarts restarts)" >&2
+        exit "$code"
+    fi
+    num_restarts=$(( num_restarts + 1 ))
+    echo "job script: the ranks ended with code $code after saving step $saved;" \
+        "started again, $num_restarts of $max_restarts times"
+done
