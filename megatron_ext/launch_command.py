@@ -139,6 +139,11 @@ def _check(config: Config, job: Job) -> None:
             f"{profile.ranks_per_node} ranks of a node of {job.cluster.name}; use at most "
             f"{profile.ranks_per_node}, and more parallel.pipeline_model_parallel_size"
         )
+    if config.launch.device == "cuda" and not profile.gpus_per_rank:
+        raise UserError(
+            f"launch.device=cuda, but ranks of cluster {job.cluster.name} have no GPU "
+            "(gpus_per_rank: 0); use launch.device=cpu, or another cluster"
+        )
     check_config(config, world_size=job.num_ranks)
 
 

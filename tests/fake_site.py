@@ -2,7 +2,8 @@
 
 Each program appends one line of JSON to `calls.jsonl`: its name, arguments, and the environment it
 saw. `srun` then runs its task once, as the rank that FAKE_LOCALID says, and leaves with the next
-code of `codes.json`; before that it saves a step, if that says so.
+code of `codes.json`; before that it saves a step, if that says so. A rank (`python`) notes what
+`rocm-smi` shows it, which is what srun's options gave it.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_PROGRAM = """#!{python}
+_PROGRAM = """#!{python} -IS
 import json, os, signal, subprocess, sys, time
 folder = {folder!r}
 name = os.path.basename(sys.argv[0])
+seen = dict(os.environ)
+if name == "python":
+    found = subprocess.run(["rocm-smi", "--showproductname"], capture_output=True, text=True)
+    seen["FAKE_GPUS"] = found.stdout
 with open(os.path.join(folder, "calls.jsonl"), "a") as stream:
-    stream.write(json.dumps([name, sys.argv[1:], dict(os.environ)]) + "\\n")
+    stream.write(json.dumps([name, sys.argv[1:], seen]) + "\\n")
 if name == "hostname":
     print("10.1.2.3 10.1.2.4")
 elif name == "scontrol" and sys.argv[1] == "show":
     print("node0001\\nnode0002")
+elif name == "rocm-smi":
+    for device in os.environ.get("ROCR_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(","):
+        print(f"GPU[{{device}}]: AMD Instinct MI250X")
 elif name == "numactl":
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
     sys.exit(subprocess.call(words))
@@ -34,8 +42,12 @@ elif name == "srun":
     while sys.argv[position].startswith("-"):
         position += 1
     local = os.environ.get("FAKE_LOCALID", "0")
+    variables = dict(os.environ) | {{"SLURM_LOCALID": local}}
+    if {{"--gpus-per-task=1", "--gpu-bind=closest"}} <= set(sys.argv[1:position]):
+        # Frontier's node: which GCD hangs on the cores of its tasks 0, 1, ...
+        variables["ROCR_VISIBLE_DEVICES"] = "45236701"[int(local)]
     try:
-        subprocess.call(sys.argv[position:], env=dict(os.environ) | {{"SLURM_LOCALID": local}})
+        subprocess.call(sys.argv[position:], env=variables)
     except OSError:
         # A program of the nodes, such as apptainer.
         pass

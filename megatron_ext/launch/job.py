@@ -91,6 +91,13 @@ def make_job(request: JobRequest, cluster: Cluster) -> Job:
         value = getattr(request, option)
         if value is not None and (not value or "\0" in value):
             raise UserError(f"--{option} {value!r}: expected a path")
+    for word in (*request.words, *request.mounts, request.container or "", request.python):
+        if not _is_text(word):
+            raise UserError(f"{word!r}: holds a NUL or bytes that are no UTF-8; rename it")
+    if request.container and re.search("[,:]", str(request.run_dir)):
+        raise UserError(
+            f"log.run_dir={request.run_dir}: with --container, a path with , or : cannot be mounted"
+        )
     if request.container and profile.container is None:
         raise UserError(
             f"--container: cluster {cluster.name} runs no images; `container: apptainer` or "
@@ -114,6 +121,13 @@ def make_job(request: JobRequest, cluster: Cluster) -> Job:
         time=time,
         segment=_segment(request, cluster),
     )
+
+
+def _is_text(word: str) -> bool:
+    try:
+        return b"\0" not in word.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def limit_seconds(time: str) -> int:

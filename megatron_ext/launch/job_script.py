@@ -7,13 +7,15 @@ asks the run by its trigger file to save and stop. What follows the step's end:
     0, and the run obeyed   queue the job again, if a checkpoint was written since it began and not
        the script's STOP    more than max_requeues times
     0 otherwise             the run is finished, or the user asked it to stop: nothing follows
-    2, 130, 143             a mistake in the configuration, Ctrl-C, scancel: nothing follows
+    2, 130; or after        a mistake in the configuration, Ctrl-C; scancel, of which the script is
+       SIGTERM              told too: nothing follows
     else                    a rank was lost: start again on the same nodes, if a checkpoint was
                             written since the last start and not more than max_restarts times
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 
@@ -32,6 +34,12 @@ on_warning() {{
     touch -- "$run_dir/STOP"
 }}
 trap on_warning USR1
+is_cancelled=0
+on_cancel() {{
+    is_cancelled=1
+    was_interrupted=1
+}}
+trap on_cancel TERM
 
 run_step() {{
     local code step_pid
@@ -48,6 +56,17 @@ run_step() {{
 }}
 
 at_begin=$(last_saved)
+# Slurm queues a job again when it loses a node, as often as that happens.
+starts="$run_dir/.starts-$SLURM_JOB_ID"
+num_requeues=${{SLURM_RESTART_COUNT:-0}}
+if (( num_requeues > max_requeues )); then
+    echo "job script: queued again $num_requeues times, $max_requeues are allowed" >&2
+    exit {failed}
+elif (( num_requeues > 0 && $(grep -cxs -- "${{at_begin:-none}}" "$starts" || true) > 1 )); then
+    echo "job script: the last two starts saved no step (${{at_begin:-none}}); not a third" >&2
+    exit {failed}
+fi
+echo "${{at_begin:-none}}" >>"$starts"
 num_restarts=0
 while true; do
     at_start=$(last_saved)
@@ -59,7 +78,7 @@ while true; do
         if [[ "$saved" == "$at_begin" ]]; then
             echo "job script: no step was saved since this job began; not queued again" >&2
             exit {failed}
-        elif (( ${{SLURM_RESTART_COUNT:-0}} >= max_requeues )); then
+        elif (( num_requeues >= max_requeues )); then
             echo "job script: queued again $max_requeues times already; not again" >&2
             exit {failed}
         fi
@@ -69,8 +88,9 @@ while true; do
     fi
     case $code in
         0) rm -f -- "$run_dir/STOP"; exit 0 ;;
-        {bad_input} | 130 | 143) exit "$code" ;;
+        {bad_input} | 130) exit "$code" ;;
     esac
+    (( ! is_cancelled )) || exit "$code"
     if [[ "$saved" == "$at_start" ]] || (( num_restarts >= max_restarts )); then
         echo "job script: the ranks ended with code $code; not started again" \\
             "(saved step: ${{saved:-none}}, $num_restarts restarts)" >&2
@@ -87,8 +107,10 @@ def render(job: Job) -> str:
     """The whole script, for bash."""
     sections = ["\n".join(_header(job)), "\n".join(_values(job))]
     if job.cluster.environment:
+        # What modules run may ask for variables that nobody has set.
         sections.append(
-            f"# The site's environment ({job.cluster.name}).\n{job.cluster.environment}"
+            f"# The site's environment ({job.cluster.name}).\nset +u\n"
+            f"{job.cluster.environment}\nset -u"
         )
     if job.request.broadcast:
         sections.append("\n".join(_broadcast(job)))
@@ -164,7 +186,9 @@ def _broadcast(job: Job) -> Iterator[str]:
     yield "# The environment on the nodes' own disks: thousands of ranks import from there at once."
     yield f"archive={shlex.quote(job.request.broadcast)}"
     yield "# shellcheck disable=SC2016"
-    yield 'unpack=\'mkdir -p "$1/env" && tar -xf "$1/megatron-ext.tar" -C "$1/env"\''
+    yield 'unpack=\'set -e; mkdir -p "$1/env"; tar -xf "$1/megatron-ext.tar" -C "$1/env"'
+    yield "# What conda-pack left of the old place."
+    yield 'if [[ -e "$1/env/bin/conda-unpack" ]]; then "$1/env/bin/conda-unpack"; fi\''
     yield 'sbcast -pf "$archive" "$node_storage/megatron-ext.tar"'
     yield (
         'srun --nodes="$num_nodes" --ntasks="$num_nodes" --ntasks-per-node=1 '
@@ -193,7 +217,8 @@ def _srun_step(job: Job) -> Iterator[str]:
     ]
     if profile.cpus_per_task:
         options.append(f"--cpus-per-task={profile.cpus_per_task}")
-    options += [shlex.quote(each) for each in (*profile.gpu_options, *profile.srun_options)]
+    gpu_options = profile.gpu_options if profile.gpus_per_rank else []
+    options += [shlex.quote(each) for each in (*gpu_options, *profile.srun_options)]
     # One rank that ends badly ends all: the others would wait for it for ever.
     options += ["--kill-on-bad-exit=1", "--unbuffered"]
     yield f"step=(srun {' '.join(options)})"
@@ -239,13 +264,27 @@ def _container(job: Job) -> Iterator[str]:
     if request.container is None:
         return
     image = shlex.quote(request.container)
-    mounts = [str(request.run_dir), *request.mounts]
     options = " ".join(shlex.quote(each) for each in profile.container_options)
+    # Paths of the configuration count from the folder of the submission.
+    mounts = [str(request.run_dir), *request.mounts]
     if profile.container == "apptainer":
         binds = " ".join(f"--bind {shlex.quote(mount)}" for mount in mounts)
-        yield f'rank=(apptainer exec {options} {binds} --pwd "$PWD" {image} "${{rank[@]}}")'
+        yield (
+            f'rank=(apptainer exec {options} --bind "$PWD" {binds} --pwd "$PWD" {image} '
+            '"${rank[@]}")'
+        )
         return
     pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
-    yield f"mounts={shlex.quote(','.join(pairs))}"
+    yield f'mounts="$PWD:$PWD,"{shlex.quote(",".join(pairs))}'
     yield f'step+=(--container-image={image} --container-mounts="$mounts" {options}'
     yield '    --container-workdir="$PWD")'
+    if names := exported_names(job.cluster.environment):
+        yield "# For these the image's own values would win otherwise."
+        yield f'names="{",".join(names)}"'
+        yield 'step+=(--container-env="$names")'
+
+
+def exported_names(environment: str) -> list[str]:
+    """Variables that a site's shell file exports, but for paths of the machine outside."""
+    names = re.findall(r"^\s*export ([A-Za-z_][A-Za-z0-9_]*)=", environment, re.MULTILINE)
+    return [name for name in dict.fromkeys(names) if not name.endswith("PATH")]

@@ -26,6 +26,7 @@ mkdir -p -- "$run_dir"
 rm -f -- "$run_dir/STOP"
 
 # The site's environment (blackwell).
+set +u
 # More than one queue of kernels, so that the experts' exchanges run beside products. (1 is the rule of Hopper.)
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-32}"
 # NVLink SHARP reserves memory on each GPU; it pays only with registered buffers.
@@ -40,6 +41,7 @@ export NVLINK_DOMAIN_SIZE="${NVLINK_DOMAIN_SIZE-8}"
 export USE_MNNVL="${USE_MNNVL-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS-8}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR-/tmp/triton-${USER:-user}-${SLURM_JOB_ID:-0}}"
+set -u
 
 # The first node keeps the ranks' meeting place; its port differs from job to job.
 head_node="${MASTER_ADDR-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
@@ -50,9 +52,12 @@ rank=("$python" -u -m torch.distributed.run --nnodes="$num_nodes"
     --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" 
     -m megatron_ext train "${words[@]}")
 step=(srun --nodes="$num_nodes" --ntasks="$num_nodes" --ntasks-per-node=1 --cpus-per-task=112 --gpus-per-node="$ranks_per_node" --mpi=none --kill-on-bad-exit=1 --unbuffered)
-mounts=/scratch/runs/7b:/scratch/runs/7b
+mounts="$PWD:$PWD,"/scratch/runs/7b:/scratch/runs/7b
 step+=(--container-image=/images/cuda.sqsh --container-mounts="$mounts" --no-container-mount-home --container-writable
     --container-workdir="$PWD")
+# For these the image's own values would win otherwise.
+names="CUDA_DEVICE_MAX_CONNECTIONS,NCCL_NVLS_ENABLE,TORCH_NCCL_AVOID_RECORD_STREAMS,PYTORCH_ALLOC_CONF,NCCL_GRAPH_REGISTER,NVLINK_DOMAIN_SIZE,USE_MNNVL,OMP_NUM_THREADS,TRITON_CACHE_DIR"
+step+=(--container-env="$names")
 
 last_saved() { cat -- "$run_dir/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
 
@@ -65,6 +70,12 @@ on_warning() {
     touch -- "$run_dir/STOP"
 }
 trap on_warning USR1
+is_cancelled=0
+on_cancel() {
+    is_cancelled=1
+    was_interrupted=1
+}
+trap on_cancel TERM
 
 run_step() {
     local code step_pid
@@ -81,6 +92,17 @@ run_step() {
 }
 
 at_begin=$(last_saved)
+# Slurm queues a job again when it loses a node, as often as that happens.
+starts="$run_dir/.starts-$SLURM_JOB_ID"
+num_requeues=${SLURM_RESTART_COUNT:-0}
+if (( num_requeues > max_requeues )); then
+    echo "job script: queued again $num_requeues times, $max_requeues are allowed" >&2
+    exit 1
+elif (( num_requeues > 0 && $(grep -cxs -- "${at_begin:-none}" "$starts" || true) > 1 )); then
+    echo "job script: the last two starts saved no step (${at_begin:-none}); not a third" >&2
+    exit 1
+fi
+echo "${at_begin:-none}" >>"$starts"
 num_restarts=0
 while true; do
     at_start=$(last_saved)
@@ -92,7 +114,7 @@ while true; do
         if [[ "$saved" == "$at_begin" ]]; then
             echo "job script: no step was saved since this job began; not queued again" >&2
             exit 1
-        elif (( ${SLURM_RESTART_COUNT:-0} >= max_requeues )); then
+        elif (( num_requeues >= max_requeues )); then
             echo "job script: queued again $max_requeues times already; not again" >&2
             exit 1
         fi
@@ -102,8 +124,9 @@ while true; do
     fi
     case $code in
         0) rm -f -- "$run_dir/STOP"; exit 0 ;;
-        2 | 130 | 143) exit "$code" ;;
+        2 | 130) exit "$code" ;;
     esac
+    (( ! is_cancelled )) || exit "$code"
     if [[ "$saved" == "$at_start" ]] || (( num_restarts >= max_restarts )); then
         echo "job script: the ranks ended with code $code; not started again" \
             "(saved step: ${saved:-none}, $num_restarts restarts)" >&2

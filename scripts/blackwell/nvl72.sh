@@ -27,6 +27,7 @@ mkdir -p -- "$run_dir"
 rm -f -- "$run_dir/STOP"
 
 # The site's environment (blackwell-nvl72).
+set +u
 # More than one queue of kernels, so that the experts' exchanges run beside products. (1 is the rule of Hopper.)
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-32}"
 # NVLink SHARP reserves memory on each GPU; it pays only with registered buffers.
@@ -45,6 +46,7 @@ export TRITON_CACHE_DIR="${TRITON_CACHE_DIR-/tmp/triton-${USER:-user}-${SLURM_JO
 export NCCL_CUMEM_ENABLE="${NCCL_CUMEM_ENABLE-1}"
 # Network cards read the GPU's memory through Grace.
 export NCCL_NET_GDR_C2C="${NCCL_NET_GDR_C2C-1}"
+set -u
 
 rank=("$python" -u -m megatron_ext train "${words[@]}")
 # Each rank on the cores and the memory of the processor that its GPU hangs on.
@@ -63,6 +65,12 @@ on_warning() {
     touch -- "$run_dir/STOP"
 }
 trap on_warning USR1
+is_cancelled=0
+on_cancel() {
+    is_cancelled=1
+    was_interrupted=1
+}
+trap on_cancel TERM
 
 run_step() {
     local code step_pid
@@ -79,6 +87,17 @@ run_step() {
 }
 
 at_begin=$(last_saved)
+# Slurm queues a job again when it loses a node, as often as that happens.
+starts="$run_dir/.starts-$SLURM_JOB_ID"
+num_requeues=${SLURM_RESTART_COUNT:-0}
+if (( num_requeues > max_requeues )); then
+    echo "job script: queued again $num_requeues times, $max_requeues are allowed" >&2
+    exit 1
+elif (( num_requeues > 0 && $(grep -cxs -- "${at_begin:-none}" "$starts" || true) > 1 )); then
+    echo "job script: the last two starts saved no step (${at_begin:-none}); not a third" >&2
+    exit 1
+fi
+echo "${at_begin:-none}" >>"$starts"
 num_restarts=0
 while true; do
     at_start=$(last_saved)
@@ -90,7 +109,7 @@ while true; do
         if [[ "$saved" == "$at_begin" ]]; then
             echo "job script: no step was saved since this job began; not queued again" >&2
             exit 1
-        elif (( ${SLURM_RESTART_COUNT:-0} >= max_requeues )); then
+        elif (( num_requeues >= max_requeues )); then
             echo "job script: queued again $max_requeues times already; not again" >&2
             exit 1
         fi
@@ -100,8 +119,9 @@ while true; do
     fi
     case $code in
         0) rm -f -- "$run_dir/STOP"; exit 0 ;;
-        2 | 130 | 143) exit "$code" ;;
+        2 | 130) exit "$code" ;;
     esac
+    (( ! is_cancelled )) || exit "$code"
     if [[ "$saved" == "$at_start" ]] || (( num_restarts >= max_restarts )); then
         echo "job script: the ranks ended with code $code; not started again" \
             "(saved step: ${saved:-none}, $num_restarts restarts)" >&2

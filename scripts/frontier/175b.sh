@@ -28,10 +28,9 @@ mkdir -p -- "$run_dir"
 rm -f -- "$run_dir/STOP"
 
 # The site's environment (frontier).
+set +u
 # Modules of OLCF's page for PyTorch (July 2026). rccl-net-plugin sets RCCL's and libfabric's variables.
-if command -v module >/dev/null; then
-    module load PrgEnv-gnu/8.7.0 cpe/26.03 miniforge3/23.11.0-0 rocm/7.1.1 rccl-net-plugin craype-accel-amd-gfx90a
-fi
+module load PrgEnv-gnu/8.7.0 cpe/26.03 miniforge3/23.11.0-0 rocm/7.1.1 rccl-net-plugin craype-accel-amd-gfx90a
 # The programming environment is not the machine's default one: its libraries come first.
 export LD_LIBRARY_PATH="${CRAY_LD_LIBRARY_PATH:-}${CRAY_LD_LIBRARY_PATH:+:}${LD_LIBRARY_PATH:-}"
 
@@ -72,6 +71,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS-7}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-1}"
 # The burst buffer, where an environment is unpacked (--broadcast).
 export node_storage="/mnt/bb/${USER:-user}"
+set -u
 
 rank=("$python" -u -m megatron_ext train "${words[@]}")
 step=(srun --nodes="$num_nodes" --ntasks="$((num_nodes * ranks_per_node))" --ntasks-per-node="$ranks_per_node" --cpus-per-task=7 --gpus-per-task=1 --gpu-bind=closest --kill-on-bad-exit=1 --unbuffered)
@@ -87,6 +87,12 @@ on_warning() {
     touch -- "$run_dir/STOP"
 }
 trap on_warning USR1
+is_cancelled=0
+on_cancel() {
+    is_cancelled=1
+    was_interrupted=1
+}
+trap on_cancel TERM
 
 run_step() {
     local code step_pid
@@ -103,6 +109,17 @@ run_step() {
 }
 
 at_begin=$(last_saved)
+# Slurm queues a job again when it loses a node, as often as that happens.
+starts="$run_dir/.starts-$SLURM_JOB_ID"
+num_requeues=${SLURM_RESTART_COUNT:-0}
+if (( num_requeues > max_requeues )); then
+    echo "job script: queued again $num_requeues times, $max_requeues are allowed" >&2
+    exit 1
+elif (( num_requeues > 0 && $(grep -cxs -- "${at_begin:-none}" "$starts" || true) > 1 )); then
+    echo "job script: the last two starts saved no step (${at_begin:-none}); not a third" >&2
+    exit 1
+fi
+echo "${at_begin:-none}" >>"$starts"
 num_restarts=0
 while true; do
     at_start=$(last_saved)
@@ -114,7 +131,7 @@ while true; do
         if [[ "$saved" == "$at_begin" ]]; then
             echo "job script: no step was saved since this job began; not queued again" >&2
             exit 1
-        elif (( ${SLURM_RESTART_COUNT:-0} >= max_requeues )); then
+        elif (( num_requeues >= max_requeues )); then
             echo "job script: queued again $max_requeues times already; not again" >&2
             exit 1
         fi
@@ -124,8 +141,9 @@ while true; do
     fi
     case $code in
         0) rm -f -- "$run_dir/STOP"; exit 0 ;;
-        2 | 130 | 143) exit "$code" ;;
+        2 | 130) exit "$code" ;;
     esac
+    (( ! is_cancelled )) || exit "$code"
     if [[ "$saved" == "$at_start" ]] || (( num_restarts >= max_restarts )); then
         echo "job script: the ranks ended with code $code; not started again" \
             "(saved step: ${saved:-none}, $num_restarts restarts)" >&2

@@ -52,6 +52,8 @@ def test_a_site_brings_its_own_cluster(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["launch", "quickstart", "--cluster", str(tmp_path / "ours.yaml"), "--print"]
     assert main(words) == 0
     assert "export OURS=1\n" in capsys.readouterr().out
+    assert main([*words, "launch.device=cuda"]) == 2
+    assert "have no GPU (gpus_per_rank: 0)" in capsys.readouterr().err
     (tmp_path / "ours.yaml").write_text(yaml.safe_dump(tree | {"rank_per_node": 2}))
     assert main(words) == 2
     assert "did you mean ranks_per_node?" in capsys.readouterr().err

@@ -1,7 +1,5 @@
 # Modules of OLCF's page for PyTorch (July 2026). rccl-net-plugin sets RCCL's and libfabric's variables.
-if command -v module >/dev/null; then
-    module load PrgEnv-gnu/8.7.0 cpe/26.03 miniforge3/23.11.0-0 rocm/7.1.1 rccl-net-plugin craype-accel-amd-gfx90a
-fi
+module load PrgEnv-gnu/8.7.0 cpe/26.03 miniforge3/23.11.0-0 rocm/7.1.1 rccl-net-plugin craype-accel-amd-gfx90a
 # The programming environment is not the machine's default one: its libraries come first.
 export LD_LIBRARY_PATH="${CRAY_LD_LIBRARY_PATH:-}${CRAY_LD_LIBRARY_PATH:+:}${LD_LIBRARY_PATH:-}"
 
