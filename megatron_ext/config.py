@@ -248,13 +248,19 @@ class PrecisionConfig(Section):
     operands: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Single fields of single operands that differ from the recipe's, e.g.
     {dgrad_grad: {rounding: nearest}}; block_format null leaves an operand in `dtype`."""
+    backward_reads: Literal["original", "stored"] | None = None
+    """What backward stores copies of: the layer's input and weight, or what forward multiplied, in
+    its basis and with its mask (Quartet); null: the recipe's own."""
     keep_layers: list[int] | None = None
     """Transformer layers, from 0, whose products keep `dtype`; null: what keep_last_share says."""
     keep_last_share: float | None = Field(default=None, ge=0, le=1)
     """Share of the layers, the last ones, rounded up; null: the recipe's own."""
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda", "scaled_mm"] = "auto"
-    """Who stores and multiplies in few bits; auto: the fastest that this device has. What is named
-    here runs, or the run does not start."""
+    backend: Literal[
+        "auto", "reference", "cpu", "triton", "cuda", "scaled_mm", "transformer_engine"
+    ] = "auto"
+    """Who stores and multiplies in few bits; auto: the fastest of the project's own that this
+    device has. What is named here runs, or the run does not start. transformer_engine: NVIDIA's
+    library, with its recipe of the same name."""
 
 
 class CheckpointConfig(Section):
@@ -267,6 +273,8 @@ class CheckpointConfig(Section):
     load: str | None = None
     """Run folder whose newest weights and optimizer state a new run starts from; steps, schedule
     and data begin anew."""
+    allow_precision_change: bool = False
+    """Go on with a run although the formats of its linear layers were others when it was saved."""
 
 
 class LogConfig(Section):
@@ -292,6 +300,8 @@ class LaunchConfig(Section):
     device_profile: str | None = None
     """Device that `plan` predicts for: a name such as h100 or mi250x, or a YAML file; by default
     the machine's own accelerator where it has one, h100 for device cuda, else cpu."""
+    preflight: Literal["auto", "always", "never"] = "auto"
+    """Compare all ranks and try their links before the first step; auto: on several machines."""
     timeout_seconds: float = Field(600.0, gt=0)
     """How long a rank waits for the others in a collective."""
 

@@ -16,6 +16,7 @@ import torch
 from megatron_ext.config import Config
 from megatron_ext.devices import choose_device_type, open_device
 from megatron_ext.launch import process_group
+from megatron_ext.launch.preflight import preflight
 from megatron_ext.launch.ranks import RankInfo
 
 
@@ -39,6 +40,11 @@ def choose_accelerator(config: Config) -> torch.device:
     return device
 
 
+def _wants_preflight(config: Config, info: RankInfo) -> bool:
+    wanted = config.launch.preflight
+    return wanted == "always" or (wanted == "auto" and not info.is_on_one_machine)
+
+
 def run_rank(
     config: Config,
     info: RankInfo,
@@ -58,6 +64,8 @@ def run_rank(
     with process_group.running(
         info, device=device, timeout_seconds=config.launch.timeout_seconds
     ) as device:
+        if _wants_preflight(config, info):
+            preflight(info, device, run_dir)
         from megatron_ext.run import open_run
 
         with open_run(config, open_device(config, device), run_dir) as run:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import string
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ HOSTILE = st.one_of(
     ),
 )
 QUIET = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
