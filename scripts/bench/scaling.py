@@ -28,9 +28,11 @@ import tempfile
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_ext.config import Config
 from scripts.bench.scaling_report import (
     MODES,
     Point,
@@ -41,6 +43,9 @@ from scripts.bench.scaling_report import (
     table,
     to_json,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 WARM_UP_STEPS = 2
 # Of all ranks together in strong scaling, in micro-batches of one rank.
@@ -89,7 +94,7 @@ def measure_mode(
 
     from megatron_ext.config_check import check_config
     from megatron_ext.config_file import load_config
-    from megatron_ext.devices import open_device
+    from megatron_ext.devices import open_device, peak_memory_bytes
     from megatron_ext.run import open_run
     from megatron_ext.trainer import train_step
 
@@ -106,18 +111,38 @@ def measure_mode(
         speed = statistics.median(float(record["tokens_per_second"] or 0.0) for record in records)
         flops = statistics.median(float(record["model_tflops"] or 0.0) for record in records)
         num_cores = None if run.device.is_cuda else len(os.sched_getaffinity(0))
+        units = num_units(world_size, num_cores=num_cores)
         return Point(
             mode=mode,
             num_ranks=world_size,
-            num_units=num_units(world_size, num_cores=num_cores),
+            num_units=units,
             tokens_per_step=round(tokens),
             step_seconds=tokens / speed,
             model_flops_per_second=flops * 1e12 * world_size,
             peak_flops_per_rank=run.device.peak_flops,
-            peak_memory_bytes=max(int(record["peak_memory_bytes"] or 0) for record in records),
+            peak_memory_bytes=most_of_all_ranks(peak_memory_bytes(run.device), run.device.device),
+            predicted_tokens_per_second=predicted(config, world_size, units),
             device=run.device.describe(),
             measured_on=str(date.today()),
         )
+
+
+def most_of_all_ranks(num_bytes: int, device: torch.device) -> int:
+    import torch
+
+    shared = torch.tensor(float(num_bytes), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return int(shared)
+
+
+def predicted(config: Config, num_ranks: int, num_units: int) -> float:
+    """Tokens a second that `plan` says; ranks that share a unit have so much less of it."""
+    from megatron_ext.planning.predict import predict
+    from megatron_ext.planning.subject import subject_of
+
+    subject = subject_of(config, num_ranks=num_ranks)
+    found = predict(subject.model, subject.layout, subject.device)
+    return found.tokens_per_second * num_units / num_ranks
 
 
 def prepare_text(folder: Path) -> None:

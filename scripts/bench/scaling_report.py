@@ -36,6 +36,8 @@ class Point:
     peak_flops_per_rank: float
     peak_memory_bytes: int
     """Of the fullest rank."""
+    predicted_tokens_per_second: float
+    """By `megatron-ext plan`; ranks that share a core, with so much less of it."""
     device: str
     measured_on: str
     """Date."""
@@ -86,16 +88,17 @@ def merge(old: Sequence[Point], new: Sequence[Point]) -> list[Point]:
 
 def table(points: Sequence[Point]) -> str:
     lines = [
-        "| scaling | ranks | units | tokens a step | tokens/s | efficiency | per rank | MFU "
-        "| memory of the fullest rank |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| scaling | ranks | units | tokens a step | tokens/s | predicted | efficiency | per rank "
+        "| MFU | memory of the fullest rank |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for mode in MODES:
         for row in rows(points, mode):
             point = row.point
             lines.append(
                 f"| {mode} | {point.num_ranks} | {point.num_units} | {point.tokens_per_step:,} "
-                f"| {point.tokens_per_second:,.0f} | {row.efficiency:.1%} "
+                f"| {point.tokens_per_second:,.0f} | {point.predicted_tokens_per_second:,.0f} "
+                f"| {row.efficiency:.1%} "
                 f"| {row.per_rank_efficiency:.1%} | {row.mfu:.1%} "
                 f"| {point.peak_memory_bytes / 2**20:,.0f} MiB |"
             )
@@ -139,6 +142,13 @@ def plot(points: Sequence[Point], path: Path) -> None:
             continue
         ranks = [row.point.num_ranks for row in found]
         left.plot(ranks, [r.point.tokens_per_second for r in found], "o-", color=colour, label=mode)
+        left.plot(
+            ranks,
+            [r.point.predicted_tokens_per_second for r in found],
+            "x",
+            color=colour,
+            label=f"{mode}, predicted",
+        )
         first = found[0].point
         left.plot(
             ranks,

@@ -120,6 +120,8 @@ def run_stage(
                 image = replace(image, environment=dict(image.environment) | pairs(step, known))
             case "LABEL":
                 image = replace(image, labels=dict(image.labels) | pairs(step, variables))
+            case "ADD":
+                raise ValueError(f"line {step.line}: ADD: nothing is fetched here")
             case "RUN":
                 run_shell(image, step, arguments)
             case "COPY":

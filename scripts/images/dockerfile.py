@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 INSTRUCTIONS = {
     *("FROM", "ARG", "ENV", "LABEL", "SHELL", "USER", "WORKDIR"),
-    *("COPY", "RUN", "ENTRYPOINT", "CMD", "HEALTHCHECK"),
+    *("ADD", "COPY", "RUN", "ENTRYPOINT", "CMD", "HEALTHCHECK"),
 }
 
 
@@ -57,7 +57,8 @@ def parse(text: str) -> list[Stage]:
 
 
 def _steps(text: str) -> Iterator[Step]:
-    begun, parts = 0, []
+    begun = 0
+    parts: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
         stripped = line.strip()
         if not stripped or stripped.startswith("#"):
