@@ -16,7 +16,11 @@ from scripts.images import tree
 from scripts.images.build import Image, build
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ["data.corpora.0.prepare.tokenizer=bytes", "train.eval_interval=0"]
+TRAIN = [
+    "data.corpora.0.prepare.tokenizer=bytes",
+    "train.eval_interval=0",
+    "optim.lr_warmup_iters=1",
+]
 
 
 def lack() -> str:
