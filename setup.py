@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,11 @@ def cuda_arguments(environment: Mapping[str, str]) -> dict[str, Any]:
     torch_cuda = None if torch is None else torch.version.cuda
     if reason := what_is_missing(nvcc, torch_cuda, torch is not None):
         raise SystemExit(f"{BUILD}=1 asks for the CUDA kernels, but {reason}")
+    if not cutlass_includes():
+        raise SystemExit(
+            f"{BUILD}=1 asks for the CUDA kernels, but CUTLASS's headers are not there: "
+            "pip install nvidia-cutlass"
+        )
     from torch.utils import cpp_extension
 
     class BuildCuda(cpp_extension.BuildExtension):  # type: ignore[misc]
@@ -153,12 +159,18 @@ def cuda_arguments(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def compile_all(nvcc: Path, archs: list[str], folder: Path) -> list[str]:
-    """Object files of all sources. SystemExit with the compiler's message."""
-    objects = []
-    for source in cuda_sources():
-        output = folder / f"{source.file.replace('/', '_')}.o"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        chosen = chosen_archs(source, archs)
+    """Object files of all sources, as many at a time as there are cores (MAX_JOBS: fewer).
+
+    SystemExit with the compiler's message. CUTLASS takes minutes and gigabytes a file.
+    """
+    jobs = [
+        (source, chosen_archs(source, archs), folder / f"{source.file.replace('/', '_')}.o")
+        for source in cuda_sources()
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(job: tuple[Source, list[str], Path]) -> str:
+        source, chosen, output = job
         print(f"nvcc {source.file} for {', '.join(chosen)}", flush=True)
         done = subprocess.run(
             nvcc_command(nvcc, source, chosen, output, cutlass_includes()),
@@ -168,8 +180,18 @@ def compile_all(nvcc: Path, archs: list[str], folder: Path) -> list[str]:
         )
         if done.returncode:
             raise SystemExit(f"nvcc failed on {source.file}:\n{done.stderr[-4000:]}")
-        objects.append(str(output))
-    return objects
+        return str(output)
+
+    with ThreadPoolExecutor(num_jobs(os.environ)) as pool:
+        return list(pool.map(compile_one, jobs))
+
+
+def num_jobs(environment: Mapping[str, str]) -> int:
+    """SystemExit where MAX_JOBS, torch's own variable for this, is no positive number."""
+    text = environment.get("MAX_JOBS", "") or str(os.cpu_count() or 1)
+    if not text.isdigit() or int(text) < 1:
+        raise SystemExit(f"MAX_JOBS={text!r}: how many compilers run at once, 1 or more")
+    return int(text)
 
 
 def cuda_runtime(root: Path) -> Path:

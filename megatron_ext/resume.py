@@ -9,6 +9,7 @@ from megatron_ext.config_file import dump_config, load_config
 from megatron_ext.data.order import Cursor
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
+from megatron_ext.precision.chosen_recipe import recipe_digest
 from megatron_ext.run import Run
 
 # Fields of `model` and `moe` that change training but not the network that was trained.
@@ -77,12 +78,33 @@ def _go_on_from(run: Run, found: Path) -> None:
             f"names ({run.data.fingerprint}), so its place in the order means nothing; use another "
             "log.run_dir, or the old corpora"
         )
+    _check_same_recipe(run, found, saved.precision_recipe)
     _load(run, found)
     run.step, run.skipped_steps, run.tokens = saved.step, saved.skipped_steps, saved.tokens
     run.loader.seek(Cursor.from_dict(saved.cursor))
     layout = "" if saved.layout == run.layout else " (saved on another layout of ranks)"
     run.console.say(
         f"going on after step {saved.step} from {found}{layout}; {saved.tokens:,} tokens seen"
+    )
+
+
+def _check_same_recipe(run: Run, found: Path, saved: str) -> None:
+    """Refuse to go on in other number formats, unless that is what was asked for.
+
+    Raises:
+        UserError: naming both recipes.
+    """
+    now = recipe_digest(run.config)
+    if saved in ("", now):
+        return
+    if run.config.checkpoint.allow_precision_change:
+        run.console.say(f"{found} was trained with precision recipe {saved}; going on with {now}")
+        return
+    raise UserError(
+        f"{found}: was trained with precision recipe {saved}, this run has {now} (a recipe's name "
+        "and a digest of its operands and kept layers); set the section precision as in "
+        f"{found / 'config.yaml'}, or checkpoint.allow_precision_change=true to go on with the "
+        "new one"
     )
 
 

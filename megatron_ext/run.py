@@ -32,7 +32,7 @@ from megatron_ext.model import (
 )
 from megatron_ext.model_shape import model_shape
 from megatron_ext.optimizer import build_optimizer
-from megatron_ext.precision.chosen_recipe import chosen_recipe
+from megatron_ext.precision.chosen_recipe import chosen_recipe, recipe_digest
 from megatron_ext.precision.install import LowPrecision, install_low_precision
 from megatron_ext.run_costs import RunCosts, run_costs
 from megatron_ext.step import connect_gradients
@@ -80,6 +80,7 @@ class Run:
             layout=self.layout,
             optimizer=self.config.optim.optimizer,
             has_main_parameters=self.device.dtype != torch.float32,
+            precision_recipe=recipe_digest(self.config),
         )
 
     @cached_property

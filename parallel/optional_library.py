@@ -31,7 +31,7 @@ def import_library(module: str, name: str, *, how: str, needs: str, hint: str = 
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name == module:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             return Availability(False, f"{name} is not installed ({how})")
         return Availability(False, f"{name} is installed but fails to import: {error}")
     except (ImportError, OSError) as error:

@@ -45,7 +45,7 @@ WITHOUT_MEGATRON = (
 DOORS = {
     "flash_attn": "parallel.attention.flash_attn_door",
     "deep_ep": "moe.dispatch.deepep",
-    "transformer_engine": "megatron_ext.precision.te_linear",
+    "transformer_engine": "megatron_ext.precision.transformer_engine_door",
 }
 # For these any one file, as long as it is one.
 SINGLE_DOOR = ("deepspeed", "wandb", "tensorboard", "torch.utils.tensorboard", "transformers")

@@ -107,3 +107,20 @@ def test_the_runtime_library_is_found(setup_file: ModuleType, tmp_path: Path) ->
     library.parent.mkdir()
     library.touch()
     assert setup_file.cuda_runtime(tmp_path) == library
+
+
+def test_compilers_run_side_by_side(setup_file: ModuleType, tmp_path: Path) -> None:
+    assert setup_file.num_jobs({"MAX_JOBS": "3"}) == 3
+    assert setup_file.num_jobs({}) >= 1
+    with pytest.raises(SystemExit, match="MAX_JOBS='many'"):
+        setup_file.num_jobs({"MAX_JOBS": "many"})
+    compiler = tmp_path / "nvcc"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
+    compiler.chmod(0o755)
+    objects = setup_file.compile_all(compiler, ["90a"], tmp_path / "objects")
+    assert len(objects) == len(setup_file.cuda_sources())
+    for source, made in zip(setup_file.cuda_sources(), objects, strict=True):
+        assert source.file in Path(made).read_text()
+    compiler.write_text('#!/bin/sh\ncase "$*" in *amax*) echo "no such thing" >&2; exit 1;; esac\n')
+    with pytest.raises(SystemExit, match=r"nvcc failed on csrc/quantize/amax\.cu:\nno such thing"):
+        setup_file.compile_all(compiler, ["90a"], tmp_path / "objects")

@@ -56,6 +56,8 @@ class TrainState:
     layout: dict[str, int]
     optimizer: str
     has_main_parameters: bool
+    precision_recipe: str = ""
+    """`recipe_digest`; empty: written before that was kept."""
     format_version: int = FORMAT_VERSION
 
     @staticmethod

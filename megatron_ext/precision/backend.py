@@ -29,7 +29,7 @@ from megatron_ext.precision.linear_recipe import BackendName
 from megatron_ext.precision.quantizer import Quantizer
 from parallel.device import DeviceInfo, device_info
 
-Operation = Literal["quantize", "multiply", "grouped_multiply"]
+Operation = Literal["quantize", "quantize_both", "multiply", "grouped_multiply"]
 Subject = Quantizer | tuple[BlockFormat, BlockFormat]
 """What is asked about: how an operand is stored, or the formats of a product's operands."""
 
@@ -50,6 +50,7 @@ _IMPLEMENTATIONS: dict[tuple[BackendName, Operation], tuple[str, str]] = {
     ("triton", "multiply"): ("gemm_triton", "multiply_triton"),
     ("triton", "grouped_multiply"): ("grouped_gemm_triton", "grouped_multiply_triton"),
     ("cuda", "quantize"): ("quantize_cuda", "quantize_cuda"),
+    ("cuda", "quantize_both"): ("quantize_cuda", "quantize_both_cuda"),
     ("cuda", "multiply"): ("gemm_cuda", "multiply_cuda"),
     ("cuda", "grouped_multiply"): ("gemm_cuda", "grouped_multiply_cuda"),
     ("scaled_mm", "multiply"): ("gemm_scaled_mm", "multiply_scaled_mm"),
@@ -97,6 +98,16 @@ def why_not(
         return f"{error.name} is not installed"
     ask = getattr(module, f"why_not_{operation}", None)
     return "" if ask is None else ask(subject, device)
+
+
+def makes_both(backend: BackendName, row: Quantizer, transposed: Quantizer) -> bool:
+    """Whether a backend that can store either copy makes both in one pass over the matrix."""
+    if (backend, "quantize_both") not in _IMPLEMENTATIONS:
+        return False
+    module_name, _ = _IMPLEMENTATIONS[backend, "quantize_both"]
+    ask = getattr(_module(module_name), "why_not_transposed", None)
+    is_one_pass = row.block_format.element == transposed.block_format.element
+    return is_one_pass and (ask is None or not ask(transposed))
 
 
 def implementation(backend: BackendName, operation: Operation) -> Callable[..., Any]:

@@ -1,39 +1,39 @@
-"""A rank's experts with products of few bits, one expert after another."""
+"""A rank's experts with grouped products of few bits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from megatron_ext.precision.grouped_linear import grouped_linear
 from megatron_ext.precision.layer_precision import LayerPrecision
 from moe.swiglu import swiglu
 
 
+@dataclass(frozen=True, slots=True)
 class LowPrecisionExperts:
     """Stands for `moe.experts.run_experts` where a recipe is chosen.
 
-    Blocks never reach over two experts: each is a linear layer of its own, its tokens filled up to
-    whole groups in wgrad. With one scale for the tensor each expert has its own.
+    Blocks never reach over two experts, whose tokens are filled up to whole groups in wgrad. With
+    one scale for the tensor each expert has its own.
+
+    Attributes:
+        first, second: linear_fc1 and linear_fc2 of all experts.
     """
 
-    def __init__(self, first: Sequence[LayerPrecision], second: Sequence[LayerPrecision]) -> None:
-        """first, second: of linear_fc1 and linear_fc2 of each expert of this rank."""
-        self._linears = list(zip(first, second, strict=True))
+    first: LayerPrecision
+    second: LayerPrecision
 
     def __call__(
         self, rows: Tensor, counts: Tensor, linear_fc1: Tensor, linear_fc2: Tensor
     ) -> Tensor:
         """As `run_experts`: rows [num_rows, hidden_size], those of the first expert first."""
-        outputs = [rows.new_empty(0, linear_fc2.shape[1])]
-        parts = torch.split(rows, counts.tolist())
-        # An expert without rows gets gradient 0: unbinding fills in what nothing was made of.
-        weights = zip(linear_fc1.unbind(), linear_fc2.unbind(), strict=True)
-        for part, (fc1, fc2), (first, second) in zip(parts, weights, self._linears, strict=True):
-            if len(part):
-                outputs.append(second.linear(swiglu(first.linear(part, fc1)), fc2))
-        if len(outputs) == 1:
+        seeds = self.first.next_seeds(), self.second.next_seeds()
+        if not len(rows):
             # Part of the graph all the same: other ranks' backward passes wait for this one.
             return rows * (linear_fc1.sum() + linear_fc2.sum())
-        return torch.cat(outputs)
+        of_expert = tuple(counts.tolist())
+        recipe = self.first.recipe
+        gate_up = grouped_linear(rows, linear_fc1, recipe, seeds[0], of_expert)
+        return grouped_linear(swiglu(gate_up), linear_fc2, recipe, seeds[1], of_expert)

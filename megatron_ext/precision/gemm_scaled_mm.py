@@ -14,6 +14,7 @@ small blocks swizzled (`scale_swizzle.py`). Sums are exact to float32 as far as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,33 +77,52 @@ def multiply_scaled_mm(
             f"[{columns}, {depth}]"
         )
     dtype = torch.float32 if out is not None else out_dtype
-    product = _multiplied(left, right, dtype)
+    product = prepared_scaled_mm(left, right, dtype)()
     return product if out is None else out.add_(product)
 
 
-def _multiplied(left: Quantized, right: Quantized, dtype: torch.dtype) -> Tensor:
+def prepared_scaled_mm(
+    left: Quantized, right: Quantized, dtype: torch.dtype, *, uses_fast_accum: bool = False
+) -> Callable[[], Tensor]:
+    """The product alone, with operands and scales as the library reads them made before.
+
+    Args:
+        uses_fast_accum: let Hopper's tensor cores add all products with about 14 bits.
+    """
     operands = _native(left), _native(right).t()
     if _kind(left.block_format) == "whole":
         # torch 2.11's scaled_mm of CPUs takes these by the older name only.
         scales = _whole_scales(left, right)
-        product: Tensor = torch._scaled_mm(
-            *operands, scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=False
-        )
-        return product
+
+        def older() -> Tensor:
+            product: Tensor = torch._scaled_mm(
+                *operands,
+                scale_a=scales[0],
+                scale_b=scales[1],
+                out_dtype=dtype,
+                use_fast_accum=uses_fast_accum,
+            )
+            return product
+
+        return older
     recipes = _recipe(left), _recipe(right)
     scaled_mm: Any = F.scaled_mm
-    result: Tensor = scaled_mm(
-        *operands,
-        scale_a=recipes[0][0],
-        scale_recipe_a=recipes[0][1],
-        swizzle_a=recipes[0][2],
-        scale_b=recipes[1][0],
-        scale_recipe_b=recipes[1][1],
-        swizzle_b=recipes[1][2],
-        output_dtype=dtype,
-        use_fast_accum=False,
-    )
-    return result
+
+    def newer() -> Tensor:
+        product: Tensor = scaled_mm(
+            *operands,
+            scale_a=recipes[0][0],
+            scale_recipe_a=recipes[0][1],
+            swizzle_a=recipes[0][2],
+            scale_b=recipes[1][0],
+            scale_recipe_b=recipes[1][1],
+            swizzle_b=recipes[1][2],
+            output_dtype=dtype,
+            use_fast_accum=uses_fast_accum,
+        )
+        return product
+
+    return newer
 
 
 def _kind(block_format: BlockFormat) -> str | None:
@@ -159,7 +179,12 @@ def _recipe(stored: Quantized) -> tuple[list[Tensor], list[Any], list[Any]]:
 
 def down_the_rows(scales: Tensor) -> Tensor:
     """Of blocks of 1 x 128: float32 [rows, across], the same with strides (1, rows)."""
-    return scales.t().contiguous().t()
+    # Said in strides: of one row torch would take any for contiguous, and its product would not.
+    rows, across = scales.shape
+    turned = torch.empty_strided(
+        (rows, across), (1, rows), dtype=scales.dtype, device=scales.device
+    )
+    return turned.copy_(scales)
 
 
 def filled_blocks(scales: Tensor) -> Tensor:

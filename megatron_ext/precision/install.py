@@ -15,12 +15,13 @@ from megatron_ext.moe_layer import MoEMLP
 from megatron_ext.precision.chosen_recipe import kept_layers
 from megatron_ext.precision.experts import LowPrecisionExperts
 from megatron_ext.precision.layer_precision import LayerPrecision
-from megatron_ext.precision.linear import Shares
+from megatron_ext.precision.linear_operands import Shares
 from megatron_ext.precision.linear_recipe import LinearRecipe
 from megatron_ext.precision.parallel_linear import (
     PrecisionColumnParallelLinear,
     PrecisionRowParallelLinear,
 )
+from megatron_ext.precision.transformer_engine_door import TransformerEngineLinear
 from moe.schedule.serial import SerialExperts
 
 
@@ -49,7 +50,8 @@ def install_low_precision(
         rank: tells ranks apart whose rounding should differ.
 
     Raises:
-        UserError: a layer's features are no multiple of the recipe's groups.
+        UserError: a layer's features are no multiple of the recipe's groups, or the library that
+            was named is not there.
     """
     if not any(recipe.operands().values()):
         return None
@@ -62,14 +64,17 @@ def install_low_precision(
         first = layer.layer_number * _NUMBERS_PER_LAYER
         for place, (linear_name, linear) in enumerate(_linears(name, layer)):
             _check_sizes(linear_name, linear.weight, recipe)
-            layers.append(replace(plain, number=first + place, shares=_shares(linear)))
+            if recipe.backend == "transformer_engine":
+                linear.low_precision = TransformerEngineLinear(linear.weight, recipe.name)
+                continue
+            layers.append(precision_of(linear, replace(plain, number=first + place)))
             linear.low_precision = layers[-1]
         if isinstance(layer.mlp, MoEMLP):
             layers += _install_experts(layer.mlp, plain, first, name=f"{name}.mlp.experts")
     return LowPrecision(layers)
 
 
-# Far more than a layer has linear maps, experts counted one by one.
+# More than a layer has linear maps.
 _NUMBERS_PER_LAYER = 1 << 16
 
 
@@ -93,20 +98,28 @@ def _install_experts(
     weights = mlp.experts.linear_fc1, mlp.experts.linear_fc2
     for weight, linear_name in zip(weights, ("linear_fc1", "linear_fc2"), strict=True):
         _check_sizes(f"{name}.{linear_name}", weight[0], plain.recipe)
-    num_local = len(weights[0])
-    made = [replace(plain, number=first + _FIRST_EXPERT + i) for i in range(2 * num_local)]
-    run_experts = LowPrecisionExperts(made[:num_local], made[num_local:])
+    made = [replace(plain, number=first + number) for number in (_FC1_OF_EXPERTS, _FC2_OF_EXPERTS)]
+    run_experts = LowPrecisionExperts(*made)
     mlp.exact = SerialExperts(mlp.dispatcher, run_experts=run_experts)
     return made
 
 
-_FIRST_EXPERT = 64
+# Beyond those of a layer's other linear maps.
+_FC1_OF_EXPERTS, _FC2_OF_EXPERTS = 64, 65
 
 
-def _shares(linear: Any) -> Shares | None:
+def precision_of(linear: Any, plain: LayerPrecision) -> LayerPrecision:
+    """With what tensor-parallel ranks agree on, and numbers of their own for what they do not."""
     group = linear.tp_group
     if group is None or group.size() == 1:
-        return None
+        return plain
+    # Neighbouring ranks are tensor-parallel ones, so this is the rank there would be without them.
+    rank = plain.rank // group.size()
+    return replace(plain, rank=rank, part=group.rank(), shares=_shares(linear))
+
+
+def _shares(linear: Any) -> Shares:
+    group = linear.tp_group
 
     def reduce_amax(amax: Tensor) -> Tensor:
         agreed = amax.detach().clone()

@@ -18,69 +18,25 @@ Source of the saved tensors and the order: papers in `linear_recipe.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ext.precision.gemm import multiply
 from megatron_ext.precision.hadamard import inverse_block_hadamard
-from megatron_ext.precision.linear_recipe import BackendName, LinearRecipe
-from megatron_ext.precision.quantize import quantize
+from megatron_ext.precision.linear_operands import (
+    DGRAD,
+    FORWARD,
+    LinearSeeds,
+    LinearStore,
+    Shares,
+)
+from megatron_ext.precision.linear_recipe import LinearRecipe
+from megatron_ext.precision.main_grad import accumulated, float32_main_grad, placeholder_grad
 from megatron_ext.precision.quantized import Quantized
 from megatron_ext.precision.quantizer import Quantizer
-from megatron_ext.precision.random_bits import derive_seed, random_signs
-from megatron_ext.precision.reference import ReduceAmax, read
-
-_Matrix = Literal["rows", "weight", "grad"]
-_MATRICES: tuple[_Matrix, ...] = ("rows", "weight", "grad")
-_FORWARD, _DGRAD, _WGRAD = range(3)
-
-
-@dataclass(frozen=True, slots=True)
-class LinearSeeds:
-    """Where the random numbers of one pass through one layer come from.
-
-    Attributes:
-        run: fixed sign vectors follow from it, the same in all layers and steps.
-        each_pass: rounding and fresh signs follow from it; the same on all tensor-parallel ranks
-            for signs, and different for rounding (`rank`).
-    """
-
-    run: int
-    each_pass: int
-    rank: int = 0
-
-    def signs(self, quantizer: Quantizer | None, product: int) -> Tensor | None:
-        """Both operands of a product have the same."""
-        if quantizer is None or quantizer.signs == "none" or quantizer.hadamard_group == 1:
-            return None
-        base = self.run if quantizer.signs == "fixed" else self.each_pass
-        return random_signs(derive_seed(base, product, 7), quantizer.hadamard_group)
-
-    def rounding(self, product: int, operand: int) -> int:
-        return derive_seed(self.each_pass, self.rank, product, operand)
-
-
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """Which of the three matrices are one rank's part of a larger one, and how amax is agreed on.
-
-    Attributes:
-        split: the features that are spread over ranks: "out" (column-parallel: weight and the
-            gradient are parts) or "in" (row-parallel: weight and the input).
-        reduce_amax: the maximum over those ranks.
-    """
-
-    split: Literal["out", "in"]
-    reduce_amax: ReduceAmax
-
-    def of(self, matrix: _Matrix) -> ReduceAmax | None:
-        is_whole = matrix == ("rows" if self.split == "out" else "grad")
-        return None if is_whole else self.reduce_amax
+from megatron_ext.precision.reference import read
 
 
 def low_precision_linear(
@@ -121,12 +77,14 @@ class _LowPrecisionLinear(torch.autograd.Function):
         seeds: LinearSeeds,
         shares: Shares | None,
     ) -> Tensor:
-        store = _Store(seeds, shares, recipe.backend)
-        left = store(rows, recipe.forward_input, "rows", _FORWARD)
-        right = store(weight, recipe.forward_weight, "weight", _FORWARD)
-        kept: Quantized | Tensor = left
-        if recipe.backward_reads == "original":
-            kept = store.tokens_last(rows, recipe.wgrad_input, "rows")
+        store = LinearStore(seeds, shares, recipe)
+        if recipe.backward_reads == "original" and weight.requires_grad:
+            left, kept = store.both(
+                rows, (recipe.forward_input, FORWARD), recipe.wgrad_input, "rows"
+            )
+        else:
+            left = kept = store(rows, recipe.forward_input, "rows", FORWARD)
+        right = store(weight, recipe.forward_weight, "weight", FORWARD)
         ctx.recipe, ctx.store, ctx.dtype = recipe, store, rows.dtype
         ctx.weight_is_stored = recipe.backward_reads == "stored"
         saved, ctx.formats = _flatten((kept, right) if ctx.weight_is_stored else (kept,))
@@ -140,76 +98,35 @@ class _LowPrecisionLinear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         kept, *stored = _unflatten(saved, ctx.formats)
         grad_rows = grad_weight = None
-        if ctx.needs_input_grad[0]:
+        needs_rows, needs_weight = ctx.needs_input_grad[:2]
+        if needs_rows and needs_weight:
+            of_dgrad = recipe.dgrad_grad, DGRAD
+            left, of_wgrad = store.both(grad, of_dgrad, recipe.wgrad_grad, "grad")
+        elif needs_rows:
+            left = store(grad, recipe.dgrad_grad, "grad", DGRAD)
+        elif needs_weight:
+            of_wgrad = store.tokens_last(grad, recipe.wgrad_grad, "grad")
+        if needs_rows:
             used = read(stored[0]) if stored else weight
-            left = store(grad, recipe.dgrad_grad, "grad", _DGRAD)
-            right = store(used.t(), recipe.dgrad_weight, "weight", _DGRAD)
+            right = store(used.t(), recipe.dgrad_weight, "weight", DGRAD)
             grad_rows = store.multiply(
                 left, right, out_dtype=torch.float32 if stored else ctx.dtype
             )
             if stored:
                 grad_rows = _turned_back(grad_rows, kept, recipe.forward_input, store.seeds)
             grad_rows = grad_rows.to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            left = store.tokens_last(grad, recipe.wgrad_grad, "grad")
-            right = kept
-            if stored:
-                right = store.tokens_last(read(kept), recipe.wgrad_input, "rows")
-            grad_weight = store.multiply(left, right)
-            if stored:
-                quantizer = recipe.forward_weight
-                grad_weight = _turned_back(grad_weight, stored[0], quantizer, store.seeds)
-            grad_weight = _accumulated(weight, grad_weight)
+        if needs_weight and stored:
+            right = store.tokens_last(read(kept), recipe.wgrad_input, "rows")
+            grad_weight = store.multiply(of_wgrad, right)
+            quantizer = recipe.forward_weight
+            grad_weight = _turned_back(grad_weight, stored[0], quantizer, store.seeds)
+            grad_weight = accumulated(weight, grad_weight)
+        elif needs_weight and (buffer := float32_main_grad(weight)) is not None:
+            store.multiply(of_wgrad, kept, out=buffer)
+            grad_weight = placeholder_grad(weight)
+        elif needs_weight:
+            grad_weight = accumulated(weight, store.multiply(of_wgrad, kept))
         return grad_rows, grad_weight, None, None, None
-
-
-@dataclass(frozen=True, slots=True)
-class _Store:
-    """Quantises the operands of one pass, and multiplies them."""
-
-    seeds: LinearSeeds
-    shares: Shares | None
-    backend: BackendName
-
-    def __call__(
-        self, matrix: Tensor, quantizer: Quantizer | None, name: _Matrix, product: int
-    ) -> Quantized | Tensor:
-        if quantizer is None:
-            return matrix
-        return quantize(
-            matrix,
-            quantizer,
-            seed=self.seeds.rounding(product, _MATRICES.index(name)),
-            signs=self.seeds.signs(quantizer, product),
-            reduce_amax=None if self.shares is None else self.shares.of(name),
-            backend=self.backend,
-        )
-
-    def multiply(
-        self,
-        left: Quantized | Tensor,
-        right: Quantized | Tensor,
-        *,
-        out_dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        return multiply(left, right, out_dtype=out_dtype, backend=self.backend)
-
-    def tokens_last(
-        self, rows: Tensor, quantizer: Quantizer | None, name: _Matrix
-    ) -> Quantized | Tensor:
-        """An operand of wgrad: [features, tokens], tokens filled up to whole groups."""
-        missing = 0 if quantizer is None else -len(rows) % quantizer.group
-        return self(F.pad(rows.t(), (0, missing)), quantizer, name, _WGRAD)
-
-
-def _accumulated(weight: Tensor, grad: Tensor) -> Tensor:
-    """Add the gradient to megatron's float32 buffer; what autograd gets then counts for nothing."""
-    if not hasattr(weight, "grad_added_to_main_grad") or not hasattr(weight, "main_grad"):
-        return grad.to(weight.dtype)
-    weight.main_grad.add_(grad)
-    weight.grad_added_to_main_grad = True
-    # Hooks that start reductions wait for a gradient of some kind.
-    return torch.zeros((), dtype=weight.dtype, device=weight.device).expand_as(weight)
 
 
 def _turned_back(
@@ -222,7 +139,7 @@ def _turned_back(
         grad = grad * mask
     if quantizer.hadamard_group == 1:
         return grad
-    return inverse_block_hadamard(grad, quantizer.hadamard_group, seeds.signs(quantizer, _FORWARD))
+    return inverse_block_hadamard(grad, quantizer.hadamard_group, seeds.signs(quantizer, FORWARD))
 
 
 def _flatten(operands: tuple[Quantized | Tensor, ...]) -> tuple[list[Tensor | None], list[Any]]:

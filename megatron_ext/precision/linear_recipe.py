@@ -22,7 +22,7 @@ square.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_ext.precision.block_format import (
     FP8_1X128,
@@ -34,10 +34,12 @@ from megatron_ext.precision.block_format import (
     NVFP4_2D,
     named_block_format,
 )
-from megatron_ext.precision.quantizer import Quantizer
+from megatron_ext.precision.quantizer import Quantizer, Rounding, ScaleRule, Signs
 
 BackwardReads = Literal["original", "stored"]
-BackendName = Literal["auto", "reference", "cpu", "triton", "cuda", "scaled_mm"]
+BackendName = Literal[
+    "auto", "reference", "cpu", "triton", "cuda", "scaled_mm", "transformer_engine"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +166,69 @@ def override(recipe: LinearRecipe, changes: dict[str, dict[str, Any]]) -> Linear
     return recipe
 
 
+def check_recipe(recipe: LinearRecipe) -> None:
+    """ValueError where operands do not go together or a rule is not that of a format.
+
+    A Hadamard transform cancels in a product only where both operands have the same.
+    """
+    for product, (left, right) in _PRODUCTS.items():
+        turns = {
+            name: (1, "none") if quantizer is None else _turn(quantizer)
+            for name, quantizer in recipe.operands().items()
+            if name in (left, right)
+        }
+        if turns[left] != turns[right]:
+            raise ValueError(
+                f"{product}: {left} has Hadamard groups and signs {turns[left]}, {right} "
+                f"{turns[right]}; they cancel only where both are the same"
+            )
+    for name, quantizer in recipe.operands().items():
+        if quantizer is None or quantizer.block_format.scale == "e4m3":
+            continue
+        if quantizer.scale_rule == "eden" or quantizer.tries_four:
+            rule = "tries_four" if quantizer.tries_four else "scale_rule=eden"
+            raise ValueError(
+                f"{name}: {rule} corrects scales in E4M3, which nvfp4 has and "
+                f"{quantizer.block_format.name} has not"
+            )
+
+
+_PRODUCTS = {
+    "forward": ("forward_input", "forward_weight"),
+    "dgrad": ("dgrad_grad", "dgrad_weight"),
+    "wgrad": ("wgrad_grad", "wgrad_input"),
+}
+
+
+def _turn(quantizer: Quantizer) -> tuple[int, str]:
+    if quantizer.hadamard_group == 1:
+        return 1, "none"
+    return quantizer.hadamard_group, quantizer.signs
+
+
+def _check_value(operand: str, name: str, value: Any) -> None:
+    """ValueError naming what a field of `Quantizer` may be."""
+    if name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{operand}.{name}={value}; use {', '.join(_CHOICES[name])}")
+    elif name == "hadamard_group":
+        if type(value) is not int or value < 1 or value & (value - 1):
+            raise ValueError(f"{operand}.hadamard_group={value}; use a power of two, 1 for none")
+    elif name != "block_format" and not isinstance(value, bool):
+        raise ValueError(f"{operand}.{name}={value}; use true or false")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "rounding": get_args(Rounding),
+    "scale_rule": get_args(ScaleRule),
+    "signs": get_args(Signs),
+}
+
+
 def _changed(quantizer: Quantizer | None, operand: str, values: dict[str, Any]) -> Quantizer | None:
     values = dict(values)
+    for field_name, value in values.items():
+        _check_value(operand, field_name, value)
     if "block_format" in values:
         name = values.pop("block_format")
         if name is None:

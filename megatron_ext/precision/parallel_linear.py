@@ -16,13 +16,13 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_ext.precision.layer_precision import LayerPrecision
+from megatron_ext.precision.layer_precision import FewBitLinear
 
 
 class PrecisionColumnParallelLinear(ColumnParallelLinear):
     """Features out are spread over the tensor-parallel ranks."""
 
-    low_precision: LayerPrecision | None = None
+    low_precision: FewBitLinear | None = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **others: Any) -> Tensor:
         if self.low_precision is None:
@@ -39,7 +39,7 @@ class PrecisionColumnParallelLinear(ColumnParallelLinear):
 class PrecisionRowParallelLinear(RowParallelLinear):
     """Features in are spread over the tensor-parallel ranks; megatron sums what we return."""
 
-    low_precision: LayerPrecision | None = None
+    low_precision: FewBitLinear | None = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **others: Any) -> Tensor:
         if self.low_precision is None:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from megatron_ext.precision.backend import choose, implementation
+from megatron_ext.precision.backend import choose, implementation, makes_both
 from megatron_ext.precision.block_format import BlockFormat, named_block_format
+from megatron_ext.precision.copy_request import CopyRequest
 from megatron_ext.precision.linear_recipe import BackendName
 from megatron_ext.precision.quantized import Quantized
 from megatron_ext.precision.quantizer import Quantizer, Rounding, ScaleRule
@@ -62,6 +63,51 @@ def quantize(
         return _from_list(tensors, quantizer)
     run: Callable[..., Quantized] = implementation(name, "quantize")
     return run(matrix, quantizer, seed=seed, signs=signs, reduce_amax=reduce_amax)
+
+
+def quantize_both(
+    matrix: Tensor,
+    row: CopyRequest,
+    transposed: CopyRequest,
+    *,
+    reduce_amax: ReduceAmax | None = None,
+    num_columns: int | None = None,
+    backend: BackendName = "auto",
+) -> tuple[Quantized, Quantized]:
+    """Store a matrix [rows, columns] and its transpose, the bits of two calls of `quantize`.
+
+    The matrix is read once where the backend has a kernel for that and there is nothing to fill up.
+
+    Args:
+        num_columns: of the transpose; those beyond `rows` are zeros. None: as many as rows.
+
+    Raises:
+        ValueError, UserError: as `quantize`.
+    """
+    missing = 0 if num_columns is None else num_columns - matrix.shape[0]
+    names = {
+        choose(backend, "quantize", request.quantizer, matrix.device)
+        for request in (row, transposed)
+    }
+    name = names.pop()
+    is_one_pass = not (names or missing or is_traced(matrix))
+    if is_one_pass and makes_both(name, row.quantizer, transposed.quantizer):
+        run = implementation(name, "quantize_both")
+        both: tuple[Quantized, Quantized] = run(matrix, row, transposed, reduce_amax=reduce_amax)
+        return both
+    filled = torch.nn.functional.pad(matrix.t(), (0, missing)) if missing else matrix.t()
+    stored = [
+        quantize(
+            values,
+            request.quantizer,
+            seed=request.seed,
+            signs=request.signs,
+            reduce_amax=reduce_amax,
+            backend=backend,
+        )
+        for values, request in ((matrix, row), (filled, transposed))
+    ]
+    return stored[0], stored[1]
 
 
 def requantize_transposed(

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_ext.precision.copy_request import CopyRequest
 from megatron_ext.precision.cuda_extension import cuda_ops, why_no_cuda_extension
 from megatron_ext.precision.quantized import Quantized
 from megatron_ext.precision.quantizer import Quantizer
@@ -26,15 +27,6 @@ MAX_HADAMARD_GROUP = 128
 _ELEMENTS = {"e4m3": 0, "e5m2": 1, "e2m1": 2}
 _SCALE_FORMATS = {"fp32": 0, "e8m0": 1, "e4m3": 2}
 _SCALE_RULES = {"absmax": 0, "quest": 1, "headroom": 2, "eden": 3}
-
-
-@dataclass(frozen=True, slots=True)
-class CopyRequest:
-    """A copy to be made: how, and with which random numbers."""
-
-    quantizer: Quantizer
-    seed: int = 0
-    signs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +130,11 @@ def quantize_both_cuda(
 def why_not_quantize(quantizer: Quantizer, device: torch.device) -> str:
     """Why this cannot be done on a device; empty where it can."""
     return why_no_cuda_extension(device) or _why_no_kernel(quantizer, is_transposed=False) or ""
+
+
+def why_not_transposed(quantizer: Quantizer) -> str:
+    """Why `quantize_both_cuda` cannot make such a copy of the transpose; empty where it can."""
+    return _why_no_kernel(quantizer, is_transposed=True) or ""
 
 
 def rule_numbers(quantizer: Quantizer) -> list[int]:

@@ -45,7 +45,8 @@ class Quantizer:
     @property
     def group(self) -> int:
         """What the contracted dim must be a multiple of."""
-        return max(self.hadamard_group, self.block_format.block_columns or 1)
+        smallest = 2 if self.block_format.is_packed else 1
+        return max(self.hadamard_group, self.block_format.block_columns or smallest)
 
     @property
     def has_tensor_scale(self) -> bool:

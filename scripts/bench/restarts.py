@@ -31,6 +31,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from megatron_ext.errors import UserError
+from megatron_ext.launch.ranks import discover
+from scripts.bench.scaling import prepare_text
+
 PATIENCE_SECONDS = 240.0
 
 
@@ -47,15 +51,27 @@ class Try:
 
 
 def configuration(folder: Path, *, steps: int, save_interval: int) -> Path:
-    """A small model on megatron-core's own source, in float32."""
-    from tests.megatron_ext.tiny_run import make_corpus, tiny_tree
-
-    tree = tiny_tree(
-        make_corpus(folder),
-        folder / "run",
-        train={"train_iters": steps, "global_batch_tokens": 512},
-        checkpoint={"save_interval": save_interval},
-    )
+    """A small model on the standard library's source, in float32, as bytes."""
+    prepare_text(folder, num_bytes=400_000)
+    tree = {
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "ffn_hidden_size": 64,
+            "num_attention_heads": 4,
+        },
+        "data": {
+            "corpora": [{"path": str(folder / "corpus")}],
+            "max_sequence_length": 128,
+            "tokens_per_rank": 256,
+        },
+        "train": {"train_iters": steps, "global_batch_tokens": 512, "eval_interval": 0},
+        "optim": {"lr": 3e-3, "lr_warmup_iters": 2},
+        "precision": {"dtype": "fp32"},
+        "checkpoint": {"save_interval": save_interval},
+        "log": {"log_interval": 1000},
+        "launch": {"device": "cpu"},
+    }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
@@ -89,9 +105,9 @@ def rank_process(agent: int, rank: int) -> psutil.Process | None:
     """The process of one rank below torchrun's agent; None while it is not there."""
     try:
         for child in psutil.Process(agent).children(recursive=True):
-            if child.environ().get("RANK") == str(rank) and child.ppid() == agent:
+            if child.ppid() == agent and discover(child.environ()).rank == rank:
                 return child
-    except psutil.Error:
+    except (psutil.Error, UserError):
         pass
     return None
 

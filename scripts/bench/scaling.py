@@ -145,7 +145,7 @@ def predicted(config: Config, num_ranks: int, num_units: int) -> float:
     return found.tokens_per_second * num_units / num_ranks
 
 
-def prepare_text(folder: Path) -> None:
+def prepare_text(folder: Path, *, num_bytes: int = 4_000_000) -> None:
     """The standard library's source as one document; once."""
     from megatron_ext.data.prepare import prepare
     from megatron_ext.data.settings import PrepareSettings
@@ -156,7 +156,7 @@ def prepare_text(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prepare(
         PrepareSettings(
-            inputs=(str(make_text(folder, 4_000_000)),),
+            inputs=(str(make_text(folder, num_bytes)),),
             output=folder / "corpus",
             tokenizer="bytes",
             validation_fraction=0.0,

@@ -21,11 +21,11 @@ from megatron_ext.precision.block_format import (
     NVFP4,
     NVFP4_2D,
 )
+from megatron_ext.precision.copy_request import CopyRequest
 from megatron_ext.precision.element_format import E2M1, E4M3, E5M2
 from megatron_ext.precision.formats import encode
 from megatron_ext.precision.linear_recipe import linear_recipes
 from megatron_ext.precision.quantize_cuda import (
-    CopyRequest,
     KernelCopy,
     quantize_both_cuda,
     quantize_cuda,

@@ -46,8 +46,9 @@ def test_kernels_on_a_gpu_are_the_reference() -> None:
     """The same work as test_cuda_arithmetic.py has by fibers, here by the hardware's casts."""
     if reason := why_no_cuda_extension():
         pytest.skip(reason)
+    from megatron_ext.precision.copy_request import CopyRequest
     from megatron_ext.precision.linear_recipe import linear_recipes
-    from megatron_ext.precision.quantize_cuda import CopyRequest, quantize_both_cuda
+    from megatron_ext.precision.quantize_cuda import quantize_both_cuda
     from megatron_ext.precision.random_bits import random_signs
     from megatron_ext.precision.reference import quantize
 

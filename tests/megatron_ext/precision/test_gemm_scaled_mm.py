@@ -71,6 +71,8 @@ def test_scales_are_ordered_as_cublaslt_reads_them() -> None:
     turned = down_the_rows(rows.scales)
     assert torch.equal(turned, rows.scales)
     assert turned.stride() == (1, 5)
+    # cuBLASLt's checks read the strides of a single row, too.
+    assert down_the_rows(stored("fp8_1x128", 1, 700).scales).stride() == (1, 1)
     blocks = stored("fp8_128x128", 300, 700)
     filled = filled_blocks(blocks.scales)
     # Six blocks across become eight.

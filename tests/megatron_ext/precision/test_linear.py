@@ -14,19 +14,21 @@ from torch import Tensor
 
 from megatron_ext.precision.block_format import MXFP4, NVFP4
 from megatron_ext.precision.hadamard import hadamard_matrix
-from megatron_ext.precision.linear import LinearSeeds, Shares, low_precision_linear
+from megatron_ext.precision.linear import low_precision_linear
+from megatron_ext.precision.linear_operands import LinearSeeds, Shares
 from megatron_ext.precision.linear_recipe import (
     OPERANDS,
     LinearRecipe,
     linear_recipes,
     override,
 )
+from megatron_ext.precision.luq import luq_recipe
 from megatron_ext.precision.quantized import Quantized
 from megatron_ext.precision.quantizer import Quantizer
 from megatron_ext.precision.reference import quantize
 
 SEEDS = LinearSeeds(run=5, each_pass=6, rank=0)
-RECIPES = linear_recipes()
+RECIPES = linear_recipes() | {"luq": luq_recipe()}
 # Float32 sums of at most 256 terms, in another order than float64's.
 TOLERANCE = 256**0.5 * 2.0**-23
 
