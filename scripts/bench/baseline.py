@@ -19,7 +19,6 @@ import multiprocessing
 import platform
 import statistics
 import sys
-import sysconfig
 import tempfile
 import time
 from datetime import date
@@ -125,16 +124,6 @@ def compare(ours: Side, peer: Side, *, rounds: int, steps: int) -> dict[str, flo
     }
 
 
-def make_text(folder: Path, num_bytes: int) -> Path:
-    """One long document of library source."""
-    text = folder / "text.txt"
-    with text.open("w", encoding="utf-8") as stream:
-        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-            if stream.tell() < num_bytes:
-                stream.write(path.read_text(encoding="utf-8"))
-    return text
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -144,6 +133,7 @@ def main() -> None:
 
     from megatron_ext.data.prepare import prepare
     from megatron_ext.data.settings import PrepareSettings
+    from scripts.bench.library_text import make_text
 
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -39,7 +39,7 @@ def main() -> None:
     from megatron_ext.launch import process_group
     from megatron_ext.launch.ranks import discover
     from megatron_ext.rank import choose_accelerator
-    from scripts.bench.baseline import make_text
+    from scripts.bench.library_text import make_text
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -236,11 +237,7 @@ def _backend_of(name: str) -> str:
 
 
 def _triton_version() -> str | None:
-    if not has_triton():
-        return None
-    import triton
-
-    return str(triton.__version__)
+    return version("triton") if has_triton() else None
 
 
 if __name__ == "__main__":

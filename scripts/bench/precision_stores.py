@@ -124,8 +124,13 @@ def _sides_of_both(
     run, request = implementation(backend, "quantize_both"), _request(quantizer, matrix)
     other = replace(request, seed=request.seed + 1)
 
+    store = implementation(backend, "quantize")
+
     def transposed() -> Any:
-        return run(matrix, None, request)
+        if backend == "cuda":
+            return run(matrix, None, request)
+        # A view: the kernel reads it as it lies.
+        return store(matrix.t(), quantizer, seed=request.seed, signs=request.signs)
 
     def both() -> Any:
         return run(matrix, other, request)

@@ -28,13 +28,13 @@ from typing import Any
 import psutil
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_ext.errors import UserError
 from megatron_ext.launch.ranks import discover
-from scripts.bench.scaling import prepare_text
+from scripts.bench.library_text import prepare_text
 
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 240.0
 
 

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_ext.config import Config
+from scripts.bench.library_text import prepare_text
 from scripts.bench.scaling_report import (
     MODES,
     Point,
@@ -143,26 +144,6 @@ def predicted(config: Config, num_ranks: int, num_units: int) -> float:
     subject = subject_of(config, num_ranks=num_ranks)
     found = predict(subject.model, subject.layout, subject.device)
     return found.tokens_per_second * num_units / num_ranks
-
-
-def prepare_text(folder: Path, *, num_bytes: int = 4_000_000) -> None:
-    """The standard library's source as one document; once."""
-    from megatron_ext.data.prepare import prepare
-    from megatron_ext.data.settings import PrepareSettings
-    from scripts.bench.baseline import make_text
-
-    if (folder / "corpus").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    prepare(
-        PrepareSettings(
-            inputs=(str(make_text(folder, num_bytes)),),
-            output=folder / "corpus",
-            tokenizer="bytes",
-            validation_fraction=0.0,
-        ),
-        show_progress=False,
-    )
 
 
 def report(points: Sequence[Point], json_path: Path | None, plot_path: Path | None) -> None:
