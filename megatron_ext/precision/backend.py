@@ -4,13 +4,13 @@
 |---|---|---|---|
 | `reference` | all | all | anywhere: the definition, in float32 torch |
 | `cpu` | all | all | CPU: the same bits, faster |
-| `triton` | - | all | CUDA and ROCm; a CPU under the interpreter |
+| `triton` | all but LUQ | all | CUDA and ROCm; a CPU under the interpreter |
 | `cuda` | as it was built | as it was built | CUDA, where the extension was compiled |
 | `scaled_mm` | - | what `torch._scaled_mm` takes | CUDA |
 
 `auto` takes the first of a fixed order that can. What is asked for by name is what runs, or a
-UserError says why not and what would. `triton` and `scaled_mm` only multiply; operands are stored
-by what `auto` takes. A product with an operand in the run's dtype is no product of few bits and is
+UserError says why not and what would. `scaled_mm` only multiplies; operands are stored by what
+`auto` takes. A product with an operand in the run's dtype is no product of few bits and is
 done in float32 by `reference` whatever was asked for.
 """
 
@@ -47,6 +47,8 @@ _IMPLEMENTATIONS: dict[tuple[BackendName, Operation], tuple[str, str]] = {
     ("cpu", "quantize"): ("quantize_cpu", "quantize_cpu"),
     ("cpu", "multiply"): ("gemm_cpu", "multiply_cpu"),
     ("cpu", "grouped_multiply"): ("gemm_cpu", "grouped_multiply_cpu"),
+    ("triton", "quantize"): ("quantize_triton", "quantize_triton"),
+    ("triton", "quantize_both"): ("quantize_triton", "quantize_both_triton"),
     ("triton", "multiply"): ("gemm_triton", "multiply_triton"),
     ("triton", "grouped_multiply"): ("grouped_gemm_triton", "grouped_multiply_triton"),
     ("cuda", "quantize"): ("quantize_cuda", "quantize_cuda"),
@@ -62,7 +64,7 @@ def choose(
     backend: BackendName, operation: Operation, subject: Subject, device: torch.device
 ) -> BackendName:
     """The backend that runs. UserError where the one asked for by name cannot."""
-    if (backend, operation) in (("scaled_mm", "quantize"), ("triton", "quantize")):
+    if (backend, operation) == ("scaled_mm", "quantize"):
         backend = "auto"
     if backend != "auto":
         if reason := why_not(backend, operation, subject, device):

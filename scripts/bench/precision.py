@@ -34,6 +34,7 @@ from parallel.device import device_info, has_triton
 from scripts.bench.kernel_timing import clocks
 from scripts.bench.precision_bench import Bench, Settings, in_words, own_backends
 from scripts.bench.precision_checks import check_experts, check_products, check_stores
+from scripts.bench.precision_fused import check_fused, time_fused
 from scripts.bench.precision_products import product_cases, time_experts, time_products
 from scripts.bench.precision_report import (
     Record,
@@ -72,17 +73,21 @@ def parts_of(device: str) -> dict[str, Part]:
             ("stores", check_stores),
             ("products", check_products),
             ("experts", check_experts),
+            ("fused", check_fused),
         ):
-            found.append(Part(f"check {name} {backend}", _bound(check, backend), False))
+            if name != "fused" or backend == "triton":
+                found.append(Part(f"check {name} {backend}", _bound(check, backend), False))
     found.append(Part("check products scaled_mm", _bound(check_products, "scaled_mm"), False))
     for name, timing in (
         ("products", time_products),
         ("experts", time_experts),
         ("stores", time_stores),
+        ("fused", time_fused),
         ("layers", time_layers),
     ):
         for backend in own:
-            found.append(Part(f"time {name} {backend}", _bound(timing, backend), True))
+            if name != "fused" or backend == "triton":
+                found.append(Part(f"time {name} {backend}", _bound(timing, backend), True))
     return {part.name: part for part in found}
 
 
