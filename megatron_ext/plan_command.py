@@ -97,9 +97,11 @@ def _warnings(subject: Subject, found: Prediction) -> list[str]:
             f"{node} is the most that shares its links"
         )
     if not found.fits:
-        ways = cures(subject.model, subject.layout, subject.device)
-        lines.append("one of these alone would make it fit:" if ways else "no single change fits;")
-        lines += [f"  {way}" for way in ways] or ["  plan --search looks for several at once"]
+        ways = cures(subject.model, subject.layout, subject.device, balance=subject.balance)
+        if ways:
+            lines += ["one of these alone would make it fit:", *(f"  {way}" for way in ways)]
+        else:
+            lines.append("no single change makes it fit; plan --search tries all together")
     return lines
 
 
@@ -118,7 +120,9 @@ def _search(request: PlanRequest, config: Config, subject: Subject, tokens: floa
     seconds = time.perf_counter() - began
     given = choice_of(subject.layout, max_sequence_length=longest)
     if request.as_json:
-        print(json.dumps(report.search_tree(result, given=given, seconds=seconds)))
+        tree = report.search_tree(result, given=given, seconds=seconds)
+        about = {"device": subject.device_name, "assumptions": list(subject.assumptions)}
+        print(json.dumps(tree | about))
         return 0
     for line in report.describe_search(result, given=given, seconds=seconds, tokens=tokens):
         print(line)

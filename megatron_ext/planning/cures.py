@@ -8,13 +8,18 @@ from dataclasses import replace
 from megatron_ext.planning.device_profile import DeviceProfile
 from megatron_ext.planning.layout import Layout, ModelSize
 from megatron_ext.planning.predict import predict
+from megatron_ext.planning.search import Choice, refusal
 
 
-def cures(model: ModelSize, layout: Layout, device: DeviceProfile) -> list[str]:
+def cures(
+    model: ModelSize, layout: Layout, device: DeviceProfile, *, balance: float = 1.0
+) -> list[str]:
     """Changes by which the fullest rank fits, each with what it would hold, and its step."""
     found = []
-    for words, changed in _changes(model, layout, device):
-        prediction = predict(model, changed, device)
+    for words, changed in _changes(layout):
+        if _is_refused(changed, model, device):
+            continue
+        prediction = predict(model, changed, device, balance=balance)
         if prediction.fits:
             found.append(
                 f"{words}: {prediction.memory.total / 2**30:.1f} GiB, "
@@ -23,36 +28,73 @@ def cures(model: ModelSize, layout: Layout, device: DeviceProfile) -> list[str]:
     return found
 
 
-def _changes(
-    model: ModelSize, layout: Layout, device: DeviceProfile
-) -> Iterator[tuple[str, Layout]]:
-    t, p = layout.tensor_size, layout.pipeline_size
+def _changes(layout: Layout) -> Iterator[tuple[str, Layout]]:
     if layout.zero_stage == 0 and layout.data_size > 1:
         yield "parallel.use_distributed_optimizer=true", replace(layout, zero_stage=1)
-    if t > 1 and not layout.sequence_parallel:
+    if layout.tensor_size > 1 and not layout.sequence_parallel:
         yield "parallel.sequence_parallel=true", replace(layout, sequence_parallel=True)
+    if layout.recompute == "none":
+        words = "parallel.recompute_granularity=selective"
+        yield words, replace(layout, recompute="selective", recompute_modules=("core_attn",))
     if layout.recompute != "full":
         full = replace(layout, recompute="full", recompute_num_layers=1)
         yield "parallel.recompute_granularity=full", full
-    if layout.tokens_per_rank > model.sequence_length and layout.tokens_per_rank % 2 == 0:
+    if layout.tokens_per_rank % 2 == 0:
         half = layout.tokens_per_rank // 2
         yield (
             f"data.tokens_per_rank={half}",
             replace(layout, tokens_per_rank=half, num_micro_batches=2 * layout.num_micro_batches),
         )
-    sizes = (model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
-    if 2 * t <= device.ranks_per_node and not any(size % (2 * t) for size in sizes):
-        yield from _wider(f"parallel.tensor_model_parallel_size={2 * t}", layout, 2 * t, p)
-    if model.num_layers % (2 * p * layout.virtual_size) == 0:
-        yield from _wider(f"parallel.pipeline_model_parallel_size={2 * p}", layout, t, 2 * p)
+    expert = 2 * layout.expert_size
+    yield f"parallel.expert_model_parallel_size={expert}", replace(layout, expert_size=expert)
+    yield from _wider(layout, tensor=2 * layout.tensor_size)
+    yield from _wider(layout, pipeline=2 * layout.pipeline_size)
 
 
-def _wider(words: str, layout: Layout, tensor: int, pipeline: int) -> Iterator[tuple[str, Layout]]:
-    """With as many ranks where they can be divided so, else with twice as many."""
-    changed = replace(layout, tensor_size=tensor, pipeline_size=pipeline)
-    if layout.num_ranks % (tensor * pipeline) == 0 and layout.data_size > 1:
-        micro_batches = 2 * layout.num_micro_batches
-        yield words, replace(changed, num_micro_batches=micro_batches)
+def _wider(
+    layout: Layout, *, tensor: int | None = None, pipeline: int | None = None
+) -> Iterator[tuple[str, Layout]]:
+    """With as many ranks, or with twice as many and the same copies of the model."""
+    if tensor is not None:
+        words = f"parallel.tensor_model_parallel_size={tensor} parallel.sequence_parallel=true"
+        changed = replace(layout, tensor_size=tensor, sequence_parallel=True)
     else:
-        num_ranks = 2 * layout.num_ranks
-        yield f"{words} on {num_ranks} ranks", replace(changed, num_ranks=num_ranks)
+        assert pipeline is not None
+        words = f"parallel.pipeline_model_parallel_size={pipeline}"
+        changed = replace(layout, pipeline_size=pipeline)
+    if layout.data_size > 1:
+        yield words, replace(changed, num_micro_batches=2 * layout.num_micro_batches)
+    num_ranks = 2 * layout.num_ranks
+    yield f"{words} on {num_ranks} ranks", replace(changed, num_ranks=num_ranks)
+
+
+def _is_refused(layout: Layout, model: ModelSize, device: DeviceProfile) -> bool:
+    """Whether it could not run, whatever the memory."""
+    if layout.num_ranks % (layout.tensor_size * layout.pipeline_size):
+        return True
+    if layout.tokens_per_rank * layout.context_size < model.sequence_length:
+        return True
+    choice = Choice(
+        tensor=layout.tensor_size,
+        pipeline=layout.pipeline_size,
+        expert=layout.expert_size,
+        sequences=1,
+        recompute=layout.recompute,
+        # ZeRO-1 of one copy is no mistake, only no gain.
+        zero=0,
+    )
+    if layout.expert_size > 1 and not model.num_experts:
+        return True
+    if model.num_layers % (layout.pipeline_size * layout.virtual_size):
+        return True
+    return bool(
+        refusal(
+            choice,
+            model,
+            layout,
+            device,
+            round_tokens=layout.tokens_per_rank,
+            global_batch_tokens=layout.tokens_per_step,
+        )
+        or layout.tensor_size > device.ranks_per_node
+    )

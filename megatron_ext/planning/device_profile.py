@@ -47,6 +47,8 @@ class DeviceProfile(_Entry):
 
     title: str
     source: str
+    is_cpu: bool = False
+    """Ranks that compute on a processor: logits in smaller parts, formats of 4 bits emulated."""
     peak_tflops: dict[NumberFormat, float]
     """Dense matrix products; a format that is missing is emulated in bf16."""
     gemm_efficiency: float = Field(gt=0, le=1)

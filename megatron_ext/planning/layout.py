@@ -95,8 +95,10 @@ class Layout:
     """Of one element of an operand while plain torch quantises it; 0 where kernels do."""
     expert_overlap: float = 0.0
     """Share of the experts' all-to-alls that hides behind products."""
-    max_logit_tokens: int | None = None
-    """Tokens whose logits exist at once; None: all (published frameworks)."""
+    max_logit_bytes: int | None = None
+    """Of logits that exist at once; None: all do (published frameworks)."""
+    max_logit_tokens: int = 1 << 20
+    """Whose logits exist at once, where there is a limit."""
     max_softmax_bytes: int = 1 << 62
     """Of logits that exist in float32 besides."""
 
@@ -175,9 +177,6 @@ def layout_of(
     per_round = tokens * (num_ranks // model_ranks)
     device = "cpu" if is_cpu else "cuda"
     weight_bytes = 2 if is_bf16 else 4
-    rows = _LOGIT_BYTES[device] // (
-        vocab_size // parallel.tensor_model_parallel_size * weight_bytes
-    )
     number_format = _RECIPE_FORMATS.get(config.precision.recipe, "fp4") if is_bf16 else "fp32"
     states = {"adam": 2, "lion": 1}[config.optim.optimizer]
     return Layout(
@@ -202,6 +201,7 @@ def layout_of(
         expert_overlap=1 - 1 / _num_chunks(config),
         grad_bytes=4 if config.precision.grad_reduce_in_fp32 or not is_bf16 else 2,
         state_bytes=4 * states + (4 if is_bf16 else 0),
-        max_logit_tokens=max(128, min(rows, _MAX_LOGIT_TOKENS[device]) // 128 * 128),
+        max_logit_bytes=_LOGIT_BYTES[device],
+        max_logit_tokens=_MAX_LOGIT_TOKENS[device],
         max_softmax_bytes=_SOFTMAX_BYTES[device],
     )

@@ -159,8 +159,11 @@ def _activations(model: ModelSize, layout: Layout, stage: int) -> int:
 def _logits(model: ModelSize, layout: Layout) -> int:
     """Logits that exist at once, the gradient of the last hidden tensor and of the weight."""
     tokens = layout.tokens_per_rank
-    rows = tokens if layout.max_logit_tokens is None else min(tokens, layout.max_logit_tokens)
     vocabulary = model.vocab_size // layout.tensor_size
+    rows = tokens
+    if layout.max_logit_bytes is not None:
+        most = layout.max_logit_bytes // (vocabulary * layout.weight_bytes)
+        rows = min(tokens, max(128, min(most, layout.max_logit_tokens) // 128 * 128))
     logits = rows * vocabulary * layout.weight_bytes
     num_chunks = -(-tokens // rows)
     weight = vocabulary * model.hidden_size * (layout.weight_bytes if num_chunks == 1 else 4)

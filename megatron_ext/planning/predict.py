@@ -24,6 +24,8 @@ class Prediction:
     seconds: StepSeconds
     model_flops: float
     """Of a step: what the mathematics needs, recomputation not counted."""
+    executed_flops: float
+    """The same with what is computed again, as some publications count."""
     peak_flops: float
     """Of one device, in bf16 (fp32 where it has none): what MFU divides by."""
 
@@ -47,6 +49,10 @@ class Prediction:
     @property
     def model_tflops_per_device(self) -> float:
         return self.model_flops / self.step_seconds / self.layout.num_ranks / 1e12
+
+    @property
+    def executed_tflops_per_device(self) -> float:
+        return self.executed_flops / self.step_seconds / self.layout.num_ranks / 1e12
 
     @property
     def mfu(self) -> float:
@@ -76,6 +82,7 @@ def predict(
         usable_bytes=device.usable_bytes,
         seconds=step_seconds(model, layout, device, balance=balance),
         model_flops=model_flops_per_token(model) * layout.tokens_per_step,
+        executed_flops=_executed_flops_per_token(model, layout) * layout.tokens_per_step,
         peak_flops=device.peak_flops(layout.base_format),
     )
 
@@ -92,3 +99,13 @@ def model_flops_per_token(model: ModelSize) -> float:
             weights += matrices * h * model.ffn_hidden_size
     attention = model.query_size * model.num_layers * (model.sequence_length + 1)
     return 6.0 * weights + 6.0 * attention
+
+
+def _executed_flops_per_token(model: ModelSize, layout: Layout) -> float:
+    flops = model_flops_per_token(model)
+    if layout.recompute == "full":
+        # All of forward but the output layer, a third of what it takes with backward.
+        return flops + (flops - 6.0 * model.hidden_size * model.vocab_size) / 3
+    if layout.recompute == "selective" and "core_attn" in layout.recompute_modules:
+        return flops + 2.0 * model.query_size * model.num_layers * (model.sequence_length + 1)
+    return flops

@@ -42,6 +42,7 @@ def tree(subject: Subject, found: Prediction, tokens: float) -> dict[str, Any]:
         "step_parts_seconds": found.seconds.to_dict(),
         "tokens_per_second": found.tokens_per_second,
         "model_tflops_per_device": found.model_tflops_per_device,
+        "executed_tflops_per_device": found.executed_tflops_per_device,
         "mfu": found.mfu,
         "peak_tflops": found.peak_flops / 1e12,
         "fits": found.fits,
@@ -79,13 +80,21 @@ def describe(subject: Subject, found: Prediction, tokens: float) -> Iterator[str
     rows = {
         "tokens/s": f"{found.tokens_per_second:,.0f}",
         "model TFLOP/s a device": f"{found.model_tflops_per_device:.4g} (MFU {found.mfu:.1%})",
-        f"{tokens:.3g} tokens": f"{found.days(tokens):,.2f} days, "
-        f"{found.device_hours(tokens):,.0f} device hours",
+        f"{tokens:.3g} tokens": f"{_duration(found.days(tokens))}, "
+        f"{found.device_hours(tokens):,.1f} device hours",
     }
+    if found.executed_flops > found.model_flops:
+        rows["counting recomputation"] = f"{found.executed_tflops_per_device:.4g} TFLOP/s a device"
     if subject.balance < 1.0:
         rows["balance"] = f"{subject.balance:.1%} of the bound for these lengths"
     yield from (f"{name:24} {value}" for name, value in rows.items())
     yield from (f"assumed: {sentence}" for sentence in subject.assumptions)
+
+
+def _duration(days: float) -> str:
+    if days >= 1:
+        return f"{days:,.1f} days"
+    return f"{days * 24:.1f} hours" if days * 24 >= 1 else f"{days * 86_400:.0f} s"
 
 
 def memory_lines(found: Prediction) -> Iterator[str]:
@@ -109,7 +118,7 @@ def time_lines(seconds: StepSeconds) -> Iterator[str]:
 
 
 def describe_search(
-    result: SearchResult, *, given: Choice, seconds: float, tokens: float
+    result: SearchResult, *, given: Choice | None, seconds: float, tokens: float
 ) -> Iterator[str]:
     """The best five, why the rest failed, what each knob does."""
     best = result.best()
@@ -131,14 +140,14 @@ def describe_search(
         yield from _sensitivity(result, best[0].choice)
 
 
-def search_tree(result: SearchResult, *, given: Choice, seconds: float) -> dict[str, Any]:
+def search_tree(result: SearchResult, *, given: Choice | None, seconds: float) -> dict[str, Any]:
     """For --json."""
     missed = result.nearest_miss()
     return {
         "search_seconds": seconds,
         "num_layouts": len(result.outcomes),
         "best": [_outcome_tree(outcome) for outcome in result.best()],
-        "given": {"choice": str(given), "place": result.rank(given)},
+        "given": None if given is None else {"choice": str(given), "place": result.rank(given)},
         "failures": dict(result.failures()),
         "nearest_miss": None
         if missed is None
@@ -172,14 +181,21 @@ def _outcome_line(outcome: Outcome, tokens: float) -> str:
     return (
         f"{outcome.choice}: {found.step_seconds:.4g} s, {found.model_tflops_per_device:.1f} "
         f"TFLOP/s (MFU {found.mfu:.1%}), {found.memory.total / _GIB:.1f} GiB, "
-        f"{found.days(tokens):,.1f} days"
+        f"{_duration(found.days(tokens))}"
     )
 
 
-def _beside_given(result: SearchResult, given: Choice, best: Sequence[Outcome]) -> Iterator[str]:
+def _beside_given(
+    result: SearchResult, given: Choice | None, best: Sequence[Outcome]
+) -> Iterator[str]:
     """Where the configuration's own layout stands, and what the best one saves."""
+    if not best:
+        return
+    if given is None:
+        yield "the configuration's own layout is not among them: it spreads sequences over ranks"
+        return
     outcome = result.find(given)
-    if outcome is None or outcome.prediction is None or not best:
+    if outcome is None or outcome.prediction is None:
         reason = outcome.reason if outcome else "its values are not in the space"
         yield f"the configuration's {given}: not among them ({reason})"
         return

@@ -75,7 +75,6 @@ class Outcome:
     @property
     def tflops(self) -> float:
         """Of a device; 0 for what cannot run, as in the Frontier paper's search."""
-        assert self.prediction is None or self.prediction.layout
         return self.prediction.model_tflops_per_device if self.is_good and self.prediction else 0.0
 
 
@@ -143,7 +142,7 @@ def search(
     outcomes = []
     for values in itertools.product(*knobs.values()):
         choice = Choice(**dict(zip(knobs, values, strict=True)))  # type: ignore[arg-type]
-        reason = _refusal(
+        reason = refusal(
             choice,
             model,
             base,
@@ -159,13 +158,15 @@ def search(
     return SearchResult(knobs, tuple(outcomes))
 
 
-def choice_of(layout: Layout, *, max_sequence_length: int) -> Choice:
-    """The knobs of a layout."""
+def choice_of(layout: Layout, *, max_sequence_length: int) -> Choice | None:
+    """The knobs of a layout; None where a micro-batch holds no whole number of the longest."""
+    if layout.tokens_per_rank % max_sequence_length:
+        return None
     return Choice(
         tensor=layout.tensor_size,
         pipeline=layout.pipeline_size,
         expert=layout.expert_size,
-        sequences=max(1, layout.tokens_per_rank // max_sequence_length),
+        sequences=layout.tokens_per_rank // max_sequence_length,
         recompute=layout.recompute,
         zero=layout.zero_stage,
     )
@@ -193,7 +194,7 @@ def _powers_of_two(at_most: int) -> Sequence[int]:
     return [2**k for k in range(at_most.bit_length()) if 2**k <= at_most]
 
 
-def _refusal(
+def refusal(
     choice: Choice,
     model: ModelSize,
     base: Layout,

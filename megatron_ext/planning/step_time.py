@@ -138,12 +138,13 @@ def _ring(model: ModelSize, layout: Layout, device: DeviceProfile) -> float:
     layers = model.num_layers / layout.pipeline_size
     per_hop = layout.tokens_per_rank * model.key_value_size / layout.tensor_size
     link = device.link(size * layout.tensor_size)
-    exchange = (size - 1) * link.seconds(per_hop * layout.weight_bytes)
+    hop = link.seconds(per_hop * layout.weight_bytes)
     pairs = layout.tokens_per_rank * (model.sequence_length + 1) / 2
     flops = 4.0 * pairs * model.query_size / layout.tensor_size
-    compute = flops / (device.peak_flops(layout.base_format) * device.attention_efficiency)
+    compute = flops / (device.peak_flops(layout.base_format) * device.attention_efficiency) / size
     # Backward sends keys, values and their gradients, and computes 2.5 times as much.
-    return layers * (max(0.0, exchange - compute) + max(0.0, 2 * exchange - 2.5 * compute))
+    exposed = max(0.0, hop - compute) + max(0.0, 2 * hop - 2.5 * compute)
+    return layers * ((size - 1) * exposed + 2 * link.seconds(0.0))
 
 
 def _messages(model: ModelSize, layout: Layout, device: DeviceProfile) -> float:
@@ -176,9 +177,11 @@ def _data(
             else:
                 # All-reduce: the gradients themselves are gathered.
                 gather += link.seconds(count * layout.grad_bytes * share, num_messages=size - 1)
+    if layout.zero_stage == 0:
+        reduce, gather = reduce + gather, 0.0
     if layout.overlap_grad_reduce:
         reduce = max(0.0, reduce - stage.forward.backward().total - stage.again.total)
-    if layout.overlap_param_gather and layout.zero_stage:
+    if layout.overlap_param_gather:
         gather = max(0.0, gather - stage.forward.total)
     return reduce + gather
 

@@ -70,7 +70,7 @@ def subject_of(
         config.precision.dtype == "auto" and "bf16" in device.peak_tflops
     )
     layout = layout_of(
-        config, num_ranks=num_ranks, vocab_size=vocab_size, is_bf16=is_bf16, is_cpu=name == _CPU
+        config, num_ranks=num_ranks, vocab_size=vocab_size, is_bf16=is_bf16, is_cpu=device.is_cpu
     )
     balance = 1.0
     if lengths:

@@ -153,6 +153,7 @@ def feed_forward_products(
     # Tokens of all ranks of the expert group meet its experts: as many rows as each rank sends.
     rows = max(1.0, tokens / tensor * model.topk / local)
     width = model.expert_ffn_size
+    yield Product(rows=tokens / tensor, columns=model.num_experts, inner=h)
     yield Product(rows=rows, columns=first * width, inner=h, count=local)
     yield Product(rows=rows, columns=h, inner=width, count=local)
     if model.shared_ffn_size:
@@ -233,7 +234,7 @@ def _exchange(model: ModelSize, layout: Layout, device: DeviceProfile) -> float:
     row_bytes *= layout.weight_bytes
     inside = min(size, device.links[-2].max_ranks or size) if len(device.links) > 1 else size
     seconds = device.link(inside).seconds(
-        row_bytes * _copies(model, size) * (inside - 1) / size, num_messages=inside - 1
+        row_bytes * _copies(model, size) * (inside - 1) / inside, num_messages=inside - 1
     )
     if size > inside:
         nodes = size // inside

@@ -4,7 +4,7 @@
 
 No rank is started. Each published figure is counted as its authors count: Frontier's (Megatron's
 formula of 2021) with recomputation and with whole squares in attention, the others without. What
-`fit` says: the constants of a device profile were fitted to it, or it was only predicted.
+`is_fitted` says: the constants of a device profile were fitted to it, or it was only predicted.
 """
 
 from __future__ import annotations

@@ -95,12 +95,12 @@ def test_answers_within_a_second_without_torch() -> None:
         f"assert main({words!r}) == 0\nassert 'torch' not in sys.modules\n"
     )
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - began)
-    # 0.5 s on an idle core of 2024; others may be at work beside the test.
-    assert min(seconds) < 2.0
+    # 0.5 s on an idle core of 2024.
+    assert min(seconds) < 1.0
 
 
 def test_this_machine_needs_no_batch_system(

@@ -104,9 +104,9 @@ def test_answers_within_a_second_without_torch(words: list[str]) -> None:
         f"assert main({words!r}) == 0\nassert 'torch' not in sys.modules\n"
     )
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - began)
-    # 0.4 and 0.8 s on an idle core of 2024; others may be at work beside the test.
-    assert min(seconds) < 2.0
+    # 0.4 s on an idle core of 2024, and a search 0.8 s: that may take 5.
+    assert min(seconds) < (5.0 if "--search" in words else 1.0)

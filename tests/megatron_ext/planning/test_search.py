@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.config_check import check_config
 from megatron_ext.config_file import load_config
+from megatron_ext.planning.predict import predict
 from megatron_ext.planning.search import Choice, SearchResult, choice_of, search
 from megatron_ext.planning.sensitivity import knob_effects, shapley_values
 from megatron_ext.planning.subject import subject_of
@@ -28,7 +29,9 @@ def searched(name: str, *words: str, ranks: int, device: str) -> tuple[SearchRes
         global_batch_tokens=tokens,
         max_sequence_length=longest,
     )
-    return result, choice_of(subject.layout, max_sequence_length=longest)
+    choice = choice_of(subject.layout, max_sequence_length=longest)
+    assert choice is not None
+    return result, choice
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +125,27 @@ def test_shapley_values_of_a_sum_are_its_terms() -> None:
     phi = shapley_values(first[:, None] + second[None, :])
     np.testing.assert_allclose(phi[0], np.broadcast_to((first - 1.5)[:, None], (2, 3)))
     np.testing.assert_allclose(phi[1], np.broadcast_to((second - 3.0)[None, :], (2, 3)))
+
+
+@pytest.mark.parametrize("name", ["7b", "mixtral-8x7b"])
+def test_the_search_says_of_a_layout_what_plan_says(name: str) -> None:
+    result, _ = searched(name, ranks=64, device="h100")
+    for outcome in [*result.best(3), result.nearest_miss()]:
+        assert outcome is not None
+        assert outcome.prediction is not None
+        choice, found = outcome.choice, outcome.prediction
+        words = {
+            "tensor_model_parallel_size": choice.tensor,
+            "sequence_parallel": choice.tensor > 1,
+            "pipeline_model_parallel_size": choice.pipeline,
+            "expert_model_parallel_size": choice.expert,
+            "recompute_granularity": choice.recompute,
+            "use_distributed_optimizer": choice.zero == 1,
+        }
+        overrides = [f"parallel.{key}={str(value).lower()}" for key, value in words.items()]
+        overrides.append(f"data.tokens_per_rank={found.layout.tokens_per_rank}")
+        config = check_config(load_config(name, overrides), world_size=64)
+        subject = subject_of(config, num_ranks=64, device_name="h100")
+        planned = predict(subject.model, subject.layout, subject.device)
+        assert planned.memory.to_dict() == found.memory.to_dict()
+        assert planned.step_seconds == pytest.approx(found.step_seconds, rel=1e-12)

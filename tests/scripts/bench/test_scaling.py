@@ -78,13 +78,7 @@ def test_it_is_drawn_and_told(tmp_path: Path) -> None:
 
 def test_a_real_run(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/bench/scaling.py", "--ranks", "1", "2", "--modes", "weak"]
-    command += [
-        "--steps",
-        "1",
-        "--json",
-        str(tmp_path / "scaling.json"),
-        "data.tokens_per_rank=512",
-    ]
+    command += ["--steps", "1", "data.tokens_per_rank=512"]
     command += ["--json", str(tmp_path / "scaling.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
