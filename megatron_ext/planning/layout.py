@@ -152,7 +152,7 @@ _SOFTMAX_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 # Recipes of precision that are not here are of 4 bits.
 # Random bits, float32 copies and codes side by side (measured).
-_EMULATION_BYTES = 26
+_EMULATION_BYTES = 20
 _RECIPE_FORMATS: dict[str, NumberFormat] = {
     "bf16": "bf16",
     "fp8_tensorwise": "fp8",
