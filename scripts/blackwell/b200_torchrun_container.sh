@@ -95,10 +95,12 @@ at_begin=$(last_saved)
 # Slurm queues a job again when it loses a node, as often as that happens.
 starts="$run_dir/.starts-$SLURM_JOB_ID"
 num_requeues=${SLURM_RESTART_COUNT:-0}
+# Nothing where the file is not there yet.
+num_same=$(grep -cxs -- "${at_begin:-none}" "$starts" || true)
 if (( num_requeues > max_requeues )); then
     echo "job script: queued again $num_requeues times, $max_requeues are allowed" >&2
     exit 1
-elif (( num_requeues > 0 && $(grep -cxs -- "${at_begin:-none}" "$starts" || true) > 1 )); then
+elif (( num_requeues > 0 && ${num_same:-0} > 1 )); then
     echo "job script: the last two starts saved no step (${at_begin:-none}); not a third" >&2
     exit 1
 fi
