@@ -162,13 +162,13 @@ def check_fused(device: str) -> int:
 @needs_triton
 def test_bits_are_those_of_the_definition() -> None:
     printed = run_interpreted(__file__)
-    assert int(printed.split()[-1]) > 130
+    assert int(printed.split()[-1]) > 100
 
 
 @pytest.mark.gpu
 @needs_triton
 def test_bits_on_a_gpu_are_those_of_the_definition() -> None:
-    assert check("cuda") > 130
+    assert check("cuda") > 100
 
 
 @needs_triton
