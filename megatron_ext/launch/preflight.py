@@ -12,7 +12,7 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +66,14 @@ def preflight(
     Raises:
         UserError: on every rank, naming hosts that differ and what they have.
     """
+    # The first collective loads the network's plug-in.
+    dist.barrier()
+    all_facts = _gathered_facts(facts or collect(info, device), device)
+    # Ranks that differ may not get through what follows.
+    _refuse(judge_facts(all_facts))
     speeds = try_links(
         device, num_bytes=_TRIAL_BYTES[device.type], timeout_seconds=_TRIAL_TIMEOUT_SECONDS
     )
-    own = facts or collect(info, device)
     sees_run_dir = _sees_one_folder(run_dir, device)
     dist.barrier()
     # Doubles: a clock in float32 has steps of minutes.
@@ -78,47 +82,51 @@ def preflight(
         dtype=torch.float64,
         device=device,
     )
-    reports = _reports(_gathered_facts(own, device), _gathered(numbers))
+    reports = _reports(all_facts, _gathered(numbers))
     if info.rank == 0:
         for line in table(reports):
             say(line)
-    problems = list(judge(reports))
-    if problems:
-        raise UserError("preflight: the ranks cannot train together:\n  " + "\n  ".join(problems))
+    _refuse(judge(reports))
     return reports
 
 
-def judge(reports: Sequence[RankReport]) -> Iterator[str]:
-    """What must not be: each names the hosts, what they have and what the others have."""
-    names = {name for report in reports for name in report.facts.versions}
-    for name in sorted(names):
-        yield from _odd_ones(f"version of {name}", reports, _version_of(name))
-    for what, value in (
-        ("device", lambda r: r.facts.device),
-        ("architecture", lambda r: r.facts.architecture),
-        ("network plug-in", lambda r: r.facts.network),
-    ):
-        yield from _odd_ones(what, reports, value)
-    late = [r for r in reports if abs(r.clock_seconds) > _MOST_CLOCK_SECONDS]
-    if late:
-        worst = max(late, key=lambda r: abs(r.clock_seconds))
-        yield (
-            f"clock: {_hosts(late)}: up to {worst.clock_seconds:+.1f} s from rank 0's; "
-            f"at most {_MOST_CLOCK_SECONDS:.0f} s are allowed"
-        )
-    blind = [r for r in reports if not r.sees_run_dir]
-    if blind:
-        yield (
-            f"run folder: {_hosts(blind)} cannot see what rank 0 writes there; log.run_dir must "
-            "lie on a file system that all hosts share"
-        )
-    used = Counter((r.facts.host, r.facts.device_id) for r in reports if r.facts.device_id)
+def _refuse(found: Iterable[str]) -> None:
+    if problems := list(found):
+        raise UserError("preflight: the ranks cannot train together:\n  " + "\n  ".join(problems))
+
+
+def judge_facts(facts: Sequence[RankFacts]) -> Iterator[str]:
+    """What must not differ, and GPUs that are used twice: each names the hosts."""
+    for name in sorted({name for each in facts for name in each.versions}):
+        yield from _odd_ones(f"version of {name}", facts, _version_of(name))
+    yield from _odd_ones("device", facts, lambda each: each.device)
+    yield from _odd_ones("architecture", facts, lambda each: each.architecture)
+    yield from _odd_ones("network plug-in", facts, lambda each: each.network)
+    used = Counter((each.host, each.device_id) for each in facts if each.device_id)
     for (host, device_id), count in used.items():
         if count > 1:
             yield (
                 f"{host}: {count} ranks compute on the GPU at {device_id}; each must have its own "
                 "(srun --gpus-per-task=1, or as many ranks a node as GPUs)"
             )
+
+
+def judge(reports: Sequence[RankReport]) -> Iterator[str]:
+    """What must not be: each names the hosts, what they have and what the others have."""
+    yield from judge_facts([report.facts for report in reports])
+    late = [r for r in reports if abs(r.clock_seconds) > _MOST_CLOCK_SECONDS]
+    if late:
+        worst = max(late, key=lambda r: abs(r.clock_seconds))
+        yield (
+            f"clock: {_hosts([r.facts for r in late])}: up to {worst.clock_seconds:+.1f} s from "
+            f"rank 0's; at most {_MOST_CLOCK_SECONDS:.0f} s are allowed"
+        )
+    blind = [r.facts for r in reports if not r.sees_run_dir]
+    if blind:
+        yield (
+            f"run folder: {_hosts(blind)} cannot see what rank 0 writes there; log.run_dir must "
+            "lie on a file system that all hosts share"
+        )
 
 
 def table(reports: Sequence[RankReport]) -> Iterator[str]:
@@ -150,8 +158,8 @@ def table(reports: Sequence[RankReport]) -> Iterator[str]:
         yield f"  network: {first.network}"
 
 
-def _version_of(name: str) -> Callable[[RankReport], str]:
-    return lambda report: report.facts.versions.get(name, "none")
+def _version_of(name: str) -> Callable[[RankFacts], str]:
+    return lambda facts: facts.versions.get(name, "none")
 
 
 Row = tuple[str, str, str, float, tuple[float, float, float], str]
@@ -184,22 +192,22 @@ def _rows(reports: Sequence[RankReport]) -> list[Row]:
 
 
 def _odd_ones(
-    what: str, reports: Sequence[RankReport], value: Callable[[RankReport], str]
+    what: str, facts: Sequence[RankFacts], value: Callable[[RankFacts], str]
 ) -> Iterator[str]:
-    counts = Counter(value(report) for report in reports)
+    counts = Counter(value(each) for each in facts)
     # The most frequent; where two are, rank 0's.
     most = max(counts.values())
-    common = next(value(r) for r in reports if counts[value(r)] == most)
+    common = next(value(each) for each in facts if counts[value(each)] == most)
     for other in sorted(set(counts) - {common}):
-        odd = [report for report in reports if value(report) == other]
+        odd = [each for each in facts if value(each) == other]
         yield f"{what}: {_hosts(odd)}: {other}; the others have {common}"
 
 
-def _hosts(reports: Sequence[RankReport]) -> str:
-    hosts = list(dict.fromkeys(report.facts.host for report in reports))
+def _hosts(facts: Sequence[RankFacts]) -> str:
+    hosts = list(dict.fromkeys(each.host for each in facts))
     named = ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
-    ranks = [str(report.facts.rank) for report in reports[:8]]
-    return f"{named} (rank {', '.join(ranks)}{', ...' if len(reports) > 8 else ''})"
+    ranks = [str(each.rank) for each in facts[:8]]
+    return f"{named} (rank {', '.join(ranks)}{', ...' if len(facts) > 8 else ''})"
 
 
 def _reports(facts: Sequence[RankFacts], numbers: torch.Tensor) -> list[RankReport]:

@@ -3,8 +3,8 @@
     python scripts/bench/restarts.py [--tries 20] [--ranks 2] [--json FILE]
 
 Each try trains a small model under `torchrun --max-restarts 3`, kills one rank with SIGKILL at a
-random moment (while ranks start, in a step, while a checkpoint is written), lets torchrun start the
-ranks again, and compares losses and gradient norms of all steps with those of a run that nobody
+random moment (in a step, while a checkpoint is written, seldom while ranks start), lets torchrun
+start the ranks again, and compares losses and gradient norms of all steps with those of a run that nobody
 disturbed. Prints how long it took from the kill to the next finished step.
 """
 
@@ -155,7 +155,8 @@ def kill_once(
         number=number,
         rank=rank,
         killed_at_step=done_before,
-        has_gone_on=code == 0,
+        # A run that ended before its rank was found was not killed, and shows nothing.
+        has_gone_on=code == 0 and victim is not None,
         is_equal=found == list(expected),
         recovery_seconds=recovered or 0.0,
     )
