@@ -4,8 +4,8 @@
 
 Each try trains a small model under `torchrun --max-restarts 3`, kills one rank with SIGKILL at a
 random moment (in a step, while a checkpoint is written, seldom while ranks start), lets torchrun
-start the ranks again, and compares losses and gradient norms of all steps with those of a run that nobody
-disturbed. Prints how long it took from the kill to the next finished step.
+start the ranks again, and compares losses and gradient norms of all steps with those of a run that
+nobody disturbed. Prints how long it took from the kill to the next finished step.
 """
 
 from __future__ import annotations
